@@ -1,0 +1,64 @@
+"""The seam between the runtime and the device: all that a session knows of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine can hold. All counts are of tokens, sequences or KV blocks."""
+
+    vocab_size: int
+    max_model_len: int
+    max_num_tokens: int
+    """New tokens of one step, over all sequences."""
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int = 16
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The batch of one step, laid out as `enginery::paged_attention` wants it. T tokens of S sequences, L rows of logits."""
+
+    token_ids: np.ndarray
+    """`[T]` int64"""
+    positions: np.ndarray
+    """`[T]` int64, the place of each token in its sequence, from 0"""
+    slot_mapping: np.ndarray
+    """`[T]` int64, block · block_size + offset"""
+    block_tables: np.ndarray
+    """`[S, B]` int32, padded with 0"""
+    query_start: np.ndarray
+    """`[S + 1]` int32, sequence s owns tokens query_start[s]:query_start[s + 1]"""
+    seq_lens: np.ndarray
+    """`[S]` int32, length of each sequence, the new tokens counted in"""
+    logits_indices: np.ndarray
+    """`[L]` int64, the tokens whose logits are wanted"""
+
+
+class Engine(Protocol):
+    """Runs steps. One thread at a time."""
+
+    @property
+    def limits(self) -> EngineLimits: ...
+
+    def execute(self, inputs: StepInputs) -> torch.Tensor:
+        """Writes the new tokens' keys and values to the cache and returns logits `[L, vocab_size]`, float32, on its device.
+
+        The tensor is valid until the next call.
+        """
+        ...
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies KV blocks `(source, destination)` in all layers, before the next step."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,43 @@
+"""The environment variables that Enginery reads, all of them, in one table (`docs/environment.md` prints it)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from enginery.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Knob:
+    name: str
+    default: str
+    meaning: str
+
+
+KNOBS = (
+    Knob("ENGINERY_CACHE", "~/.cache/enginery", "directory of built engines and compiled kernels"),
+    Knob("ENGINERY_THREADS", "0", "threads of the CPU kernels; 0: one per physical core this process may use"),
+    Knob("ENGINERY_CXX", "g++", "C++ compiler of the CPU kernels and of compiled regions"),
+    Knob("ENGINERY_DEBUG", "0", "1: phases and counts; 2: each rewrite; 3: declines; 4: networks; 5: generated code"),
+    Knob("ENGINERY_DUMP", "", "directory that receives the network after each phase, as text and as runnable Python"),
+)
+
+
+def read(name: str) -> str:
+    """The value of a knob of the table, or its default."""
+    knob = next(knob for knob in KNOBS if knob.name == name)
+    return os.environ.get(name, knob.default)
+
+
+def read_int(name: str) -> int:
+    text = read(name)
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{name}={text!r} is not an integer", f"Unset {name} or give a number") from None
+
+
+def cache_dir() -> Path:
+    return Path(read("ENGINERY_CACHE")).expanduser()

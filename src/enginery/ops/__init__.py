@@ -1,0 +1,33 @@
+"""The closed op set of Enginery, beside ATen. Each op is declared once: schema, eager reference, shape rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from enginery.ops.attention import ATTENTION
+from enginery.ops.declare import NAMESPACE, Op
+from enginery.ops.experts import EXPERT_LINEAR
+from enginery.ops.linear import PACK_LINEAR, PACKED_EMBEDDING, PACKED_LINEAR, PANEL
+from enginery.ops.paged_attention import PAGED_ATTENTION
+
+OPS: tuple[Op, ...] = (ATTENTION, PAGED_ATTENTION, PACK_LINEAR, PACKED_LINEAR, PACKED_EMBEDDING, EXPERT_LINEAR)
+
+attention = ATTENTION.overload
+paged_attention = PAGED_ATTENTION.overload
+pack_linear = PACK_LINEAR.overload
+packed_linear = PACKED_LINEAR.overload
+packed_embedding = PACKED_EMBEDDING.overload
+expert_linear = EXPERT_LINEAR.overload
+
+
+def reference(overload: torch._ops.OpOverload) -> Callable:
+    """The oracle of one of our ops; any other operator is its own."""
+    return next((op.reference for op in OPS if op.overload is overload), overload)
+
+
+__all__ = [
+    "NAMESPACE", "OPS", "PANEL", "Op", "attention", "expert_linear", "pack_linear", "packed_embedding", "packed_linear",
+    "paged_attention", "reference",
+]  # fmt: skip

@@ -1,0 +1,70 @@
+"""Linear layers over packed weights: the layout that the skinny matrix products of decoding stream at full bandwidth."""
+
+from __future__ import annotations
+
+import torch
+
+from enginery.ops.declare import declare
+
+PANEL = 16
+"""Output columns of one panel: one AVX-512 register or two AVX2 registers of float32."""
+
+
+def pack_reference(weight: torch.Tensor) -> torch.Tensor:
+    """weight `[N, K]` -> `[ceil(N / 16), ceil(K / 2), 16, 2]` (rows and depth padded with zeros).
+
+    A panel holds 16 rows of the weight; for each pair of depths the 16 pairs lie side by side, so that a 32-bit lane of a
+    bfloat16 panel holds two neighbouring depths of one output (the operand of AVX512-BF16's dot product).
+    float32 weights use pairs of one: `[ceil(N / 16), K, 16, 1]`.
+    """
+    pair = 1 if weight.dtype == torch.float32 else 2
+    rows, depth = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -depth % pair, 0, -rows % PANEL))
+    return padded.view(-1, PANEL, padded.shape[1] // pair, pair).transpose(1, 2).contiguous()
+
+
+def unpack(packed: torch.Tensor, rows: int, depth: int) -> torch.Tensor:
+    """The inverse of `pack`: `[N, K]`."""
+    return packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)[:rows, :depth]
+
+
+def packed_linear_reference(
+    input: torch.Tensor, weight: torch.Tensor, out_features: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """input `[..., K]` · Wᵀ + bias `[N]` -> `[..., N]` with W given as `pack_linear(W)`."""
+    return torch.nn.functional.linear(input, unpack(weight, out_features, input.shape[-1]), bias)
+
+
+def _pack_shape(weight):
+    pair = 1 if weight.dtype == torch.float32 else 2
+    return weight.new_empty(-(-weight.shape[0] // PANEL), -(-weight.shape[1] // pair), PANEL, pair)
+
+
+def _linear_shape(input, weight, out_features, bias=None):
+    return input.new_empty(*input.shape[:-1], out_features)
+
+
+PACK_LINEAR = declare("pack_linear(Tensor weight) -> Tensor", reference=pack_reference, shape=_pack_shape)
+
+PACKED_LINEAR = declare(
+    "packed_linear(Tensor input, Tensor weight, int out_features, Tensor? bias=None) -> Tensor",
+    reference=packed_linear_reference,
+    shape=_linear_shape,
+)
+
+
+def packed_embedding_reference(indices: torch.Tensor, weight: torch.Tensor, features: int) -> torch.Tensor:
+    """indices `[...]` int64 -> rows of W `[..., K]` with W given as `pack_linear(W)`: one copy serves embedding and head."""
+    panels = weight[indices // PANEL, :, indices % PANEL]
+    return panels.flatten(-2)[..., :features]
+
+
+def _embedding_shape(indices, weight, features):
+    return weight.new_empty(*indices.shape, features)
+
+
+PACKED_EMBEDDING = declare(
+    "packed_embedding(Tensor indices, Tensor weight, int features) -> Tensor",
+    reference=packed_embedding_reference,
+    shape=_embedding_shape,
+)
