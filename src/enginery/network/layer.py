@@ -1,0 +1,141 @@
+"""One call of an operator in a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from enginery.network.operator import Operator, operator_name, signature
+from enginery.network.tensor import Tensor
+
+if TYPE_CHECKING:
+    from enginery.network.network import Network
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a layer comes from, if not from the import: the rule that made it and the layers it stands for."""
+
+    rule: str
+    replaced: tuple[str, ...]
+
+
+class Layer:
+    """`args` holds a value for every argument of the schema, in its order: tensors, numbers, sizes, dtypes, None, tuples.
+
+    Made by `Network.call` only.
+    """
+
+    __slots__ = (
+        "_args", "_next", "_previous", "is_removed", "module_path", "name", "network", "op", "order", "outputs", "provenance",
+    )  # fmt: skip
+
+    def __init__(self, network: Network, name: str, op: Operator, args: tuple) -> None:
+        self.network = network
+        self.name = name
+        self.op = op
+        self._args = args
+        self.outputs: tuple[Tensor, ...] = ()
+        self.module_path = ""
+        """the module of the source model that made this call, such as `model.layers.0.self_attn`"""
+        self.provenance: Provenance | None = None
+        self.is_removed = False
+        self.order = 0
+        """grows along the execution order; compare only"""
+        self._previous: Layer | None = None
+        self._next: Layer | None = None
+
+    @property
+    def args(self) -> tuple:
+        return self._args
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument of the call by its name in the op's schema, omitted ones with their defaults."""
+        return dict(zip(signature(self.op).names, self._args, strict=True))
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors among the arguments, in order, lists flattened; one that is used twice stands twice."""
+        return list(tensors_in(self._args))
+
+    @property
+    def output(self) -> Tensor:
+        """The only output."""
+        (output,) = self.outputs
+        return output
+
+    @property
+    def users(self) -> list[Layer]:
+        found = {user: None for output in self.outputs for user in output._uses}
+        return sorted(found, key=lambda layer: layer.order)
+
+    @property
+    def has_effects(self) -> bool:
+        return signature(self.op).has_effects
+
+    @property
+    def is_constant(self) -> bool:
+        """All its inputs are known at build time, so its outputs are."""
+        return bool(self.outputs) and self.outputs[0].is_constant
+
+    def replace_input(self, old: Tensor, new: Tensor) -> None:
+        """This layer reads `new` wherever it read `old`."""
+        if old not in self.inputs:
+            return
+        self._set_args(tuple(_substitute(value, old, new) for value in self._args))
+
+    def set_argument(self, name: str, value: Any) -> None:
+        names = signature(self.op).names
+        index = names.index(name)
+        self._set_args((*self._args[:index], value, *self._args[index + 1 :]))
+
+    def _set_args(self, args: tuple) -> None:
+        self._release_inputs()
+        self._args = args
+        self._hold_inputs()
+        self.update_constness()
+
+    def _hold_inputs(self) -> None:
+        for tensor in tensors_in(self._args):
+            tensor._uses[self] = tensor._uses.get(self, 0) + 1
+
+    def _release_inputs(self) -> None:
+        for tensor in tensors_in(self._args):
+            count = tensor._uses[self]
+            if count == 1:
+                del tensor._uses[self]
+            else:
+                tensor._uses[self] = count - 1
+
+    def update_constness(self) -> None:
+        """Derives `is_constant` of the outputs from the inputs, and of all that follows if it changed."""
+        pending = [self]
+        while pending:
+            layer = pending.pop()
+            constant = not layer.has_effects and all(tensor.is_constant for tensor in tensors_in(layer._args))
+            if layer.outputs and layer.outputs[0].is_constant != constant:
+                for output in layer.outputs:
+                    output.is_constant = constant
+                    pending.extend(output._uses)
+
+    def __repr__(self) -> str:
+        return f"<{self.name} = {operator_name(self.op)}>"
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument value, depth first."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def _substitute(value: Any, old: Tensor, new: Tensor) -> Any:
+    if value is old:
+        return new
+    if isinstance(value, tuple):
+        return tuple(_substitute(item, old, new) for item in value)
+    return value

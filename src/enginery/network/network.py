@@ -1,0 +1,232 @@
+"""The network: inputs, constants, calls in execution order, outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from enginery.errors import NetworkError
+from enginery.network.dim import Size
+from enginery.network.layer import Layer, Provenance
+from enginery.network.operator import Operator, signature
+from enginery.network.tensor import Tensor
+from enginery.network.types import infer_types
+
+_ORDER_GAP = 1 << 40
+
+
+class Network:
+    """A program of operator calls over values with shapes and dtypes.
+
+    Constants carry no data here: a constant is a name and a type, and layers over constants alone are expressions that are
+    evaluated once, when weights are bound. `values` holds the data of those constants that no checkpoint has (small tables
+    that the model computes, such as rotary frequencies).
+    """
+
+    def __init__(self) -> None:
+        self._inputs: dict[str, Tensor] = {}
+        self._constants: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._layers: dict[str, Layer] = {}
+        self._names: dict[str, int] = {}
+        self._first: Layer | None = None
+        self._last: Layer | None = None
+        self._cursor: Layer | None = None
+        self._provenance: Provenance | None = None
+        self._module_path = ""
+        self.values: dict[str, torch.Tensor] = {}
+
+    # Reading
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(self._inputs.values())
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return tuple(self._outputs.values())
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(self._outputs)
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        return tuple(self._constants.values())
+
+    @property
+    def layers(self) -> list[Layer]:
+        """All layers in execution order."""
+        return list(self)
+
+    def __iter__(self) -> Iterator[Layer]:
+        """In execution order. Layers that are added behind the present one while iterating are visited."""
+        layer = self._first
+        while layer is not None:
+            following = layer._next
+            if not layer.is_removed:
+                yield layer
+            layer = layer._next if not layer.is_removed else following
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name, or the only one whose name ends with `.name`."""
+        if name in self._layers:
+            return self._layers[name]
+        found = [layer for key, layer in self._layers.items() if key.endswith(f".{name}")]
+        if len(found) == 1:
+            return found[0]
+        raise KeyError(f"{len(found) or 'no'} layers are named {name!r}")
+
+    def tensor(self, name: str) -> Tensor:
+        """The input, constant or layer output of that name."""
+        for table in (self._inputs, self._constants):
+            if name in table:
+                return table[name]
+        stem, _, index = name.rpartition("#")
+        layer = self._layers[stem or name]
+        return layer.outputs[int(index)] if stem else layer.output
+
+    # Building
+
+    def add_input(self, name: str, shape: Sequence[Size], dtype: torch.dtype) -> Tensor:
+        tensor = Tensor(self, self._claim(name), tuple(shape), dtype, None, 0)
+        self._inputs[name] = tensor
+        return tensor
+
+    def add_constant(
+        self, name: str, shape: Sequence[Size], dtype: torch.dtype, value: torch.Tensor | None = None
+    ) -> Tensor:
+        """A value known at build time: from the checkpoint under this name, or `value`."""
+        tensor = Tensor(self, self._claim(name), tuple(shape), dtype, None, 0)
+        tensor.is_constant = True
+        self._constants[name] = tensor
+        if value is not None:
+            self.values[name] = value
+        return tensor
+
+    def set_output(self, name: str, tensor: Tensor, *, keep_old: bool = False) -> None:
+        """Binds an output name to a value. `keep_old` leaves the record of the former value to the caller."""
+        former = self._outputs.get(name)
+        if former is not None and not keep_old:
+            former.output_names.remove(name)
+        self._outputs[name] = tensor
+        tensor.output_names.append(name)
+
+    def call(self, op: Operator, *args: Any, name: str | None = None, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        """Appends a call at the cursor (the end, unless inside `inserting_before`) and returns its output, or its outputs.
+
+        Shapes and dtypes are known at once. Raises NetworkError if the arguments do not fit the operator.
+        """
+        layer = self.add_layer(op, signature(op).normalise(args, kwargs), name=name)
+        single = len(layer.outputs) == 1 and signature(op).returns == ("Tensor",)
+        return layer.output if single else layer.outputs
+
+    def add_layer(
+        self,
+        op: Operator,
+        args: tuple,
+        *,
+        name: str | None = None,
+        types: Sequence[tuple[tuple[Size, ...], torch.dtype]] | None = None,
+    ) -> Layer:
+        """As `call`, with arguments in normal form and, if known, the types of the outputs."""
+        if types is None:
+            types = infer_types(op, args)
+        if name is None:
+            name = op._schema.name.partition("::")[2]
+            name = f"{self._module_path}.{name}" if self._module_path else name
+        layer = Layer(self, self._claim(name), op, args)
+        layer.module_path = self._module_path
+        layer.provenance = self._provenance
+        labels = [layer.name] if len(types) == 1 else [f"{layer.name}#{i}" for i in range(len(types))]
+        layer.outputs = tuple(
+            Tensor(self, label, shape, dtype, layer, i) for i, (label, (shape, dtype)) in enumerate(zip(labels, types))
+        )
+        layer._hold_inputs()
+        layer.update_constness()
+        self._link_before(layer, self._cursor)
+        self._layers[layer.name] = layer
+        return layer
+
+    def erase(self, layer: Layer) -> None:
+        """Removes a layer that nobody reads. Raises NetworkError otherwise."""
+        for output in layer.outputs:
+            if output._uses or output.output_names:
+                raise NetworkError(f"layer {layer.name} cannot be erased: {output!r} is still used")
+        layer._release_inputs()
+        self._unlink(layer)
+        del self._layers[layer.name]
+        layer.is_removed = True
+
+    @contextmanager
+    def inserting_before(
+        self, layer: Layer | None, *, module_path: str | None = None, provenance: Provenance | None = None
+    ) -> Iterator[None]:
+        """New layers go right before `layer` (None: to the end) and carry its module path and the given provenance."""
+        saved = self._cursor, self._module_path, self._provenance
+        self._cursor = layer
+        self._module_path = module_path if module_path is not None else layer.module_path if layer else ""
+        self._provenance = provenance
+        try:
+            yield
+        finally:
+            self._cursor, self._module_path, self._provenance = saved
+
+    def move_before(self, layer: Layer, place: Layer) -> None:
+        """Moves a layer in the execution order. The caller keeps definitions before uses (`verify` checks)."""
+        if layer is not place:
+            self._unlink(layer)
+            self._link_before(layer, place)
+
+    def _claim(self, name: str) -> str:
+        """A name that nothing else has: the given one, or it with a number."""
+        count = self._names.get(name)
+        if count is None:
+            self._names[name] = 0
+            return name
+        while True:
+            count += 1
+            candidate = f"{name}_{count}"
+            if candidate not in self._names:
+                self._names[name] = count
+                self._names[candidate] = 0
+                return candidate
+
+    def _link_before(self, layer: Layer, place: Layer | None) -> None:
+        previous = self._last if place is None else place._previous
+        layer._previous, layer._next = previous, place
+        if previous is None:
+            self._first = layer
+        else:
+            previous._next = layer
+        if place is None:
+            self._last = layer
+        else:
+            place._previous = layer
+        low = previous.order if previous is not None else 0
+        layer.order = low + _ORDER_GAP if place is None else (low + place.order) // 2
+        if layer.order == low:
+            self._renumber()
+
+    def _unlink(self, layer: Layer) -> None:
+        if layer._previous is None:
+            self._first = layer._next
+        else:
+            layer._previous._next = layer._next
+        if layer._next is None:
+            self._last = layer._previous
+        else:
+            layer._next._previous = layer._previous
+
+    def _renumber(self) -> None:
+        layer, order = self._first, 0
+        while layer is not None:
+            order += _ORDER_GAP
+            layer.order = order
+            layer = layer._next
