@@ -1,0 +1,82 @@
+"""The import law of `docs/layout.md`, read from the source with `ast`: who may know whom, and what no module may do."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "enginery"
+
+MAY_IMPORT = {
+    "errors": set(),
+    "env": {"errors"},
+    "ops": {"errors", "env"},
+    "kernels": {"ops", "errors", "env"},
+    "checkpoint": {"errors"},
+    "network": {"ops", "errors", "env"},
+    "frontends": {"network", "checkpoint", "ops", "errors", "env"},
+    "rewriting": {"network", "ops", "errors", "env"},
+    "graph_rewriting": {"rewriting", "network", "ops", "errors", "env"},
+    "quantization": {"rewriting", "network", "ops", "errors", "env"},
+    "engine": {"kernels", "quantization", "rewriting", "network", "ops", "errors", "env"},
+    "runtime": {"engine.protocol", "errors", "env"},
+    "llm": {"frontends", "checkpoint", "engine", "rewriting", "runtime", "kernels", "network", "errors", "env"},
+    "cli": {"llm", "runtime", "engine", "kernels", "checkpoint", "rewriting", "errors", "env"},
+    "__init__": {"llm", "network", "engine", "runtime", "rewriting", "graph_rewriting", "ops"},
+    "__main__": {"cli"},
+}
+COMPOSITION_POINTS = ("__init__.py", "llm.py", "__main__.py", "kernels/table.py", "cli/")
+TORCH_FREE = ("runtime/scheduler.py", "runtime/block_manager.py", "runtime/prefix_cache.py", "runtime/request.py")
+MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> list[tuple[ast.stmt, str]]:
+    found: list[tuple[ast.stmt, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node, node.module or "")] if node.module != "enginery" else [(node, f"enginery.{a.name}") for a in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_module_obeys_the_import_law(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    allowed = MAY_IMPORT[part_of(path)] | {part_of(path)}
+    name = str(path.relative_to(SOURCE))
+    for node, module in imports(tree):
+        if module.startswith("enginery."):
+            target = module.removeprefix("enginery.")
+            assert any(f"{target}.".startswith(f"{part}.") for part in allowed), f"{name}:{node.lineno} imports {target}"
+        assert module.split(".")[0] not in ("pickle", "dill", "marshal", "shelve"), f"{name}:{node.lineno}"
+        assert not (name in TORCH_FREE and module.split(".")[0] == "torch"), f"{name}:{node.lineno} imports torch"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_module_has_no_late_imports_and_no_mutable_state(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    name = str(path.relative_to(SOURCE))
+    if not name.startswith(COMPOSITION_POINTS) and path.name != "__init__.py":
+        inside = {inner for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for inner in ast.walk(f)}
+        late = [node.lineno for node, module in imports(tree) if node in inside and module.startswith("enginery")]
+        assert not late, f"{name}: imports inside functions, lines {late}"
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        for target in targets:
+            constant = isinstance(target, ast.Name) and (target.id.isupper() or target.id.startswith("__") or target.id.strip("_").isupper())
+            if isinstance(getattr(node, "value", None), MUTABLE) and not constant:
+                pytest.fail(f"{name}:{node.lineno} module-level mutable state")
+
+
+def test_public_face() -> None:
+    import enginery
+
+    assert enginery.__all__ == ["LLM", "BuildConfig", "Engine", "Network", "SamplingParams", "build", "optimize"]
