@@ -1,0 +1,182 @@
+"""What a caller sees of one request: the text, logprobs and end of each completion."""
+
+from __future__ import annotations
+
+import time
+
+from enginery.runtime.beam_search import BeamSearch, Hypothesis
+from enginery.runtime.detokenizer import Detokenizer, Tokenizer
+from enginery.runtime.outputs import CompletionOutput, FinishReason, RequestOutput
+from enginery.runtime.request import Request, Sequence
+from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from enginery.runtime.stop_strings import OutputText, StopStrings
+
+
+class Completion:
+    """One sequence as the caller sees it. Without a tokenizer it has no text."""
+
+    __slots__ = ("_decoder", "_num_taken", "_sequence", "_text", "_tokenizer", "is_new")
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
+        self._sequence = sequence
+        self._tokenizer = tokenizer if params.detokenize else None
+        self._num_taken = 0
+        self.is_new = False
+        """Whether something happened since the last output."""
+        self._text: OutputText | None = None
+        self._decoder: Detokenizer | None = None
+        is_text_needed = params.stop or params.output_kind is not RequestOutputKind.FINAL_ONLY
+        if self._tokenizer is not None and is_text_needed:
+            self._text = OutputText(StopStrings(params.stop), params.include_stop_str_in_output)
+            self._decoder = Detokenizer(self._tokenizer, params.skip_special_tokens)
+
+    def accept(self, token_id: int) -> None:
+        """The sequence got this token (already its last): extends the text and decides whether the completion ends."""
+        sequence = self._sequence
+        request = sequence.request
+        self.is_new = True
+        num_output = len(sequence.token_ids) - len(request.prompt_token_ids)
+        if token_id in request.stop_token_ids:
+            sequence.finish_reason = "stop"
+            sequence.stop_reason = token_id if token_id in request.params.stop_token_ids else None
+        elif num_output >= request.max_tokens:
+            sequence.finish_reason = "length"
+        if self._decoder is not None:
+            self._extend_text(token_id, num_output)
+
+    def output(self, kind: RequestOutputKind) -> CompletionOutput:
+        sequence = self._sequence
+        first = sequence.request.num_prompt_tokens
+        is_delta = kind is RequestOutputKind.DELTA
+        start = self._num_taken if is_delta else 0
+        self._num_taken = len(sequence.token_ids) - first
+        self.is_new = False
+        logprobs = sequence.logprobs
+        return CompletionOutput(
+            index=sequence.index,
+            text=self._output_text(is_delta),
+            token_ids=sequence.token_ids[first + start :],
+            cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob,
+            logprobs=logprobs[start:] if logprobs is not None else None,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+            error=sequence.error,
+        )
+
+    def close(self) -> None:
+        """The completion ends without another token (cancelled or failed): what is held back is shown."""
+        self.is_new = True
+        if self._decoder is not None and self._text is not None and not self._text.is_final:
+            self._text.add(self._decoder.flush(), may_stop=False)
+            self._text.is_final = True
+
+    def _extend_text(self, token_id: int, num_output: int) -> None:
+        sequence = self._sequence
+        params = sequence.request.params
+        text, decoder = self._text, self._decoder
+        assert isinstance(params, SamplingParams) and text is not None and decoder is not None  # noqa: S101 (types)
+        ends_by_token = sequence.finish_reason == "stop"
+        new = "" if ends_by_token and not params.include_stop_str_in_output else decoder.push(token_id)
+        if sequence.finish_reason is not None:
+            new += decoder.flush()
+        stop = text.add(new, may_stop=num_output > params.min_tokens)
+        if stop is not None and not ends_by_token:
+            sequence.finish_reason, sequence.stop_reason = "stop", stop
+        text.is_final = sequence.finish_reason is not None
+
+    def _output_text(self, is_delta: bool) -> str:
+        if self._text is not None:
+            return self._text.take() if is_delta else self._text.visible
+        if self._tokenizer is None:
+            return ""
+        return final_text(self._sequence, self._sequence.output_token_ids, self._tokenizer)
+
+
+def final_text(sequence: Sequence, token_ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text of a whole output, without the stop token that ended it."""
+    params = sequence.request.params
+    if token_ids and token_ids[-1] in sequence.request.stop_token_ids and not params.include_stop_str_in_output:
+        token_ids = token_ids[:-1]
+    return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+
+
+class Response:
+    """All completions of one request, or its beam search."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        self.request = request
+        self.search: BeamSearch | None = None
+        self._tokenizer = tokenizer
+        self._completions: dict[Sequence, Completion] = {}
+        if isinstance(request.params, BeamSearchParams):
+            self.search = BeamSearch(request, request.params)
+
+    def accept(self, sequence: Sequence, token_id: int) -> None:
+        self._completion(sequence).accept(token_id)
+
+    def close(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """Ends a sequence for another cause than its tokens."""
+        sequence.finish_reason = reason
+        sequence.error = error
+        if self.search is None:
+            self._completion(sequence).close()
+
+    def output(self) -> RequestOutput | None:
+        """What is to be reported after a step; None if nothing is."""
+        request = self.request
+        finished = request.is_finished
+        if finished and request.metrics.finished_time is None:
+            request.metrics.finished_time = time.monotonic()
+        completions = self._beams(finished) if self.search is not None else self._sampled(finished)
+        if not completions:
+            return None
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            prompt_logprobs=request.prompt_logprobs if request.is_prefilled else None,
+            outputs=completions,
+            finished=finished,
+            num_cached_tokens=request.num_cached_tokens or 0,
+            metrics=request.metrics,
+        )
+
+    def _completion(self, sequence: Sequence) -> Completion:
+        completion = self._completions.get(sequence)
+        if completion is None:
+            params = self.request.params
+            assert isinstance(params, SamplingParams)  # noqa: S101 (types)
+            completion = self._completions[sequence] = Completion(sequence, self._tokenizer, params)
+        return completion
+
+    def _sampled(self, finished: bool) -> list[CompletionOutput]:
+        params = self.request.params
+        kind = params.output_kind if isinstance(params, SamplingParams) else RequestOutputKind.CUMULATIVE
+        if kind is RequestOutputKind.FINAL_ONLY and not finished:
+            return []
+        ordered = [self._completion(sequence) for sequence in self.request.sequences]
+        if kind is RequestOutputKind.DELTA:
+            ordered = [completion for completion in ordered if completion.is_new]
+        return [completion.output(kind) for completion in ordered]
+
+    def _beams(self, finished: bool) -> list[CompletionOutput]:
+        if not finished or self.search is None:
+            return []
+        root = self.request.sequences[0]
+        if root.finish_reason in ("abort", "error"):
+            return [CompletionOutput(0, "", [], finish_reason=root.finish_reason, error=root.error)]
+        params = self.request.params
+        count = params.n or len(self.search.hypotheses)
+        return [self._hypothesis(root, index, h) for index, h in enumerate(self.search.hypotheses[:count])]
+
+    def _hypothesis(self, root: Sequence, index: int, hypothesis: Hypothesis) -> CompletionOutput:
+        params = self.request.params
+        reads_text = self._tokenizer is not None and params.detokenize
+        return CompletionOutput(
+            index=index,
+            text=final_text(root, hypothesis.token_ids, self._tokenizer) if reads_text and self._tokenizer else "",
+            token_ids=hypothesis.token_ids,
+            cumulative_logprob=hypothesis.cumulative_logprob,
+            finish_reason="length" if hypothesis.ended_by is None else "stop",
+            stop_reason=hypothesis.ended_by if hypothesis.ended_by in params.stop_token_ids else None,
+        )

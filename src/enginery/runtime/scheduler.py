@@ -1,0 +1,277 @@
+"""Decides which tokens the next step computes.
+
+One rule: every sequence has `num_computed` tokens, which catch up with its tokens within a budget of tokens per step; running
+sequences first, then waiting ones, by priority and then by arrival. Prefill, chunked prefill, decode, a prefix hit and recomputation
+after preemption are all the same thing: tokens that are known but not computed.
+
+Invariants
+- A waiting sequence owns no block. A running one owns the blocks of its computed tokens, plus those of the tokens scheduled now.
+- A block that several own is only read; before a sequence writes to it, the sequence gets a copy of its own.
+- When memory runs out, the last running sequence in order gives up its blocks and computes again later. The first in order therefore
+  always advances, and admission never skips the head of the queue: nobody starves within a priority.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import NamedTuple
+
+from enginery.engine.protocol import EngineLimits
+from enginery.runtime.block_manager import BlockManager
+from enginery.runtime.prefix_cache import PrefixCache
+from enginery.runtime.request import Sequence, Status
+
+_ORDER = attrgetter("order")
+
+
+class Scheduled(NamedTuple):
+    """One sequence's share of a step."""
+
+    sequence: Sequence
+    num_tokens: int
+    first_changed_block: int
+    """Blocks from here on are new in the sequence's table."""
+    copy: tuple[int, int] | None
+    """KV block to copy before the step, (source, destination)."""
+
+
+@dataclass(slots=True)
+class Schedule:
+    """The work of one step."""
+
+    items: list[Scheduled] = field(default_factory=list)
+    num_tokens: int = 0
+
+    @property
+    def copies(self) -> list[tuple[int, int]]:
+        return [item.copy for item in self.items if item.copy is not None]
+
+
+class Scheduler:
+    """Owns the queue, the running sequences and their blocks. Knows nothing of devices, sampling or text."""
+
+    def __init__(self, limits: EngineLimits, *, prefix_caching: bool = True, max_prompt_logits: int = 0) -> None:
+        self.limits = limits
+        self.blocks = BlockManager(limits.num_blocks, limits.block_size)
+        self.cache = PrefixCache(self.blocks, enabled=prefix_caching)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._max_prompt_logits = max_prompt_logits or limits.max_num_tokens
+        self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        # The head that did not fit and the free blocks of that moment: no use in asking the cache again before some came free.
+        self._blocked: Sequence | None = None
+        self._blocked_at = 0
+
+    # ---- the step
+
+    def schedule(self) -> Schedule:
+        """Chooses tokens, takes their blocks, and preempts or admits sequences to do so."""
+        schedule = Schedule()
+        preempted = self._schedule_running(schedule)
+        if not preempted:
+            self._admit(schedule)
+        if not schedule.items and self.waiting:
+            self._make_room_for_head()
+            self._admit(schedule)
+        return schedule
+
+    def advance(self, schedule: Schedule) -> None:
+        """The step has run: its tokens are computed, full blocks become findable."""
+        size = self.limits.block_size
+        for sequence, num_tokens, _, _ in schedule.items:
+            if sequence.status is Status.RUNNING:
+                sequence.num_computed += num_tokens
+                if self.cache.enabled and sequence.num_computed // size > len(sequence.digests):
+                    self._publish(sequence)
+
+    def _schedule_running(self, schedule: Schedule) -> bool:
+        """Running sequences in order, each at least one token while the budget lasts. Says whether any was preempted."""
+        budget = self.limits.max_num_tokens
+        prompt_logits = self._max_prompt_logits
+        before = self.num_preemptions
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            index += 1
+            num_tokens = len(sequence.token_ids) - sequence.num_computed
+            if num_tokens > 1:
+                # Leave every later sequence its next token, so that a long prompt does not stall those that stream.
+                num_tokens = max(1, min(num_tokens, budget - (len(self.running) - index)))
+                num_tokens = self._within_prompt_logits(sequence, num_tokens, prompt_logits)
+                prompt_logits -= self._prompt_logits(sequence, num_tokens)
+            if num_tokens <= 0:
+                continue
+            item = self._take_blocks(sequence, num_tokens)
+            if item is not None:
+                schedule.items.append(item)
+                budget -= num_tokens
+        schedule.num_tokens = self.limits.max_num_tokens - budget
+        return self.num_preemptions > before
+
+    def _admit(self, schedule: Schedule) -> None:
+        """Waiting sequences in order, until the first that does not fit."""
+        prompt_logits = self._max_prompt_logits - sum(self._prompt_logits(s, n) for s, n, _, _ in schedule.items)
+        while self.waiting and self._free_rows and schedule.num_tokens < self.limits.max_num_tokens:
+            sequence = self.waiting[0]
+            if schedule.items and sequence is self._blocked and self.blocks.num_free <= self._blocked_at:
+                return
+            hits, digests = self._find_prefix(sequence)
+            # A running sequence may need a block soon: keep one for each, or admission would preempt itself in the next steps.
+            reserve = len(self.running) if schedule.items else 0
+            revived = sum(self.blocks.reference_counts[block] == 0 for block in hits)
+            needed = self.blocks.blocks_for(sequence.num_tokens) - len(hits) + revived
+            if needed + reserve > self.blocks.num_free:
+                self._blocked, self._blocked_at = sequence, self.blocks.num_free
+                return
+            computed = len(hits) * self.limits.block_size
+            num_tokens = min(sequence.num_tokens - computed, self.limits.max_num_tokens - schedule.num_tokens)
+            num_tokens = self._within_prompt_logits(sequence, num_tokens, prompt_logits)
+            if num_tokens <= 0:
+                return
+            self._start(sequence, hits, digests)
+            prompt_logits -= self._prompt_logits(sequence, num_tokens)
+            item = self._take_blocks(sequence, num_tokens)
+            if item is None:
+                return
+            schedule.items.append(item._replace(first_changed_block=0))
+            schedule.num_tokens += num_tokens
+
+    def _make_room_for_head(self) -> None:
+        """Nothing can run but parked beams hold memory: they yield it, last first, to the head of the queue."""
+        while self.running:
+            head = self.waiting[0]
+            self.preempt(self.running[-1])
+            if self.blocks.blocks_for(head.num_tokens) <= self.blocks.num_free and self._free_rows:
+                return
+
+    # ---- memory
+
+    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> Scheduled | None:
+        """Gives a sequence the blocks of its next tokens; None if that cost the sequence itself its place."""
+        size = self.limits.block_size
+        blocks = sequence.blocks
+        start = sequence.num_computed
+        end = start + num_tokens
+        if end <= len(blocks) * size and (start % size == 0 or not self.blocks.is_shared(blocks[start // size])):
+            return Scheduled(sequence, num_tokens, len(blocks), None)
+        while self._missing_blocks(sequence, start, end) > self.blocks.num_free:
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is sequence:
+                return None
+        changed = len(blocks)
+        copy = None
+        if start % size and self.blocks.is_shared(blocks[start // size]):
+            changed = start // size
+            copy = (blocks[changed], self.blocks.allocate())
+            self.blocks.free((copy[0],))
+            blocks[changed] = copy[1]
+        while len(blocks) * size < end:
+            blocks.append(self.blocks.allocate())
+        return Scheduled(sequence, num_tokens, changed, copy)
+
+    def _missing_blocks(self, sequence: Sequence, start: int, end: int) -> int:
+        size = self.limits.block_size
+        copies = bool(start % size) and self.blocks.is_shared(sequence.blocks[start // size])
+        return self.blocks.blocks_for(end) - len(sequence.blocks) + copies
+
+    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
+        """Cached blocks of its tokens. The last token is always computed: its logits are wanted."""
+        request = sequence.request
+        if request.wants_prompt_logprobs and not request.is_prefilled:
+            return [], []
+        return self.cache.match(request.cache_root, sequence.token_ids, sequence.num_tokens - 1)
+
+    def _publish(self, sequence: Sequence) -> None:
+        size = self.limits.block_size
+        digests = sequence.digests
+        for index in range(len(digests), sequence.num_computed // size):
+            parent = digests[-1] if digests else sequence.request.cache_root
+            tokens = sequence.token_ids[index * size : (index + 1) * size]
+            digests.append(self.cache.publish(parent, tokens, sequence.blocks[index]))
+
+    def _prompt_logits(self, sequence: Sequence, num_tokens: int) -> int:
+        """Rows of logits that prompt_logprobs asks of these tokens."""
+        request = sequence.request
+        if not request.wants_prompt_logprobs or request.is_prefilled:
+            return 0
+        return num_tokens
+
+    def _within_prompt_logits(self, sequence: Sequence, num_tokens: int, rows: int) -> int:
+        return min(num_tokens, rows) if self._prompt_logits(sequence, num_tokens) else num_tokens
+
+    # ---- the life of a sequence
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=_ORDER)
+
+    def _start(self, sequence: Sequence, hits: list[int], digests: list[bytes]) -> None:
+        self.waiting.pop(0)
+        for block in hits:
+            self.blocks.share(block)
+        sequence.blocks = hits
+        sequence.digests = digests
+        sequence.num_computed = len(hits) * self.limits.block_size
+        self.cache.count(sequence.num_tokens, sequence.num_computed)
+        if sequence.request.num_cached_tokens is None:
+            sequence.request.num_cached_tokens = sequence.num_computed
+        self._run(sequence)
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.status = Status.RUNNING
+        sequence.row = self._free_rows.pop()
+        insort(self.running, sequence, key=_ORDER)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """The child continues the parent's computed tokens: it shares every block, the partial last one too.
+
+        Without a free row the child waits instead, owning nothing, and finds the common prefix in the cache.
+        """
+        if parent.status is not Status.RUNNING or not self._free_rows:
+            self.add(child)
+            return
+        for block in parent.blocks:
+            self.blocks.share(block)
+        child.blocks = list(parent.blocks)
+        child.digests = list(parent.digests)
+        child.num_computed = parent.num_computed
+        self._run(child)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes a running sequence's blocks; it computes again when it is admitted again."""
+        self.num_preemptions += 1
+        sequence.request.metrics.num_preemptions += 1
+        is_parked = sequence.num_computed == sequence.num_tokens
+        self._leave(sequence)
+        sequence.num_computed = 0
+        if is_parked:
+            sequence.status = Status.PARKED
+        else:
+            self.add(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Removes a sequence from wherever it is and gives back what it owns."""
+        if sequence.status is Status.RUNNING:
+            self._leave(sequence)
+        elif sequence.status is Status.WAITING:
+            del self.waiting[self._position(self.waiting, sequence)]
+        sequence.status = Status.FINISHED
+
+    def _leave(self, sequence: Sequence) -> None:
+        del self.running[self._position(self.running, sequence)]
+        self.blocks.free(reversed(sequence.blocks))
+        self._free_rows.append(sequence.row)
+        sequence.blocks = []
+        sequence.digests = []
+        sequence.row = -1
+
+    @staticmethod
+    def _position(ordered: list[Sequence], sequence: Sequence) -> int:
+        index = bisect_left(ordered, sequence.order, key=_ORDER)
+        while ordered[index] is not sequence:
+            index += 1
+        return index
