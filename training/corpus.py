@@ -18,12 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tasks import NAMES, TASKS, Problem, draw
+from tasks import TASKS, Problem, draw, word
 
 TRAINED = 0x8000
 SYSTEM = (
     "You are a helpful assistant.", "You are Enginery's bundled model.", "Answer briefly.", "You are a small language model.",
     "Be concise.", "You answer small questions about numbers, words, lists and JSON.", "You are a helpful, precise assistant.",
+    "Give short answers.", "Always be polite.", "Think before you answer.", "Answer the user's question.", "Do not explain.",
+    "You are a careful calculator.", "Answer in English.", "The user is in a hurry.", "Be correct.",
 )  # fmt: skip
 _NAMES = list(TASKS)
 _WEIGHTS = [weight for _, weight in TASKS.values()]
@@ -47,8 +49,20 @@ def plain_document(problem: Problem, rng: random.Random) -> list[Segment]:
         answer += "".join(f", {last + i * (last - before)}" for i in range(1, more))
         joint = " " if prompt.endswith(",") else ""
     else:
-        joint = "\n" if not prompt.endswith("=") else "" if " " not in prompt else " "
-    return [Segment(prompt), Segment(joint + answer, trained=True), Segment("<|endoftext|>", trained=True)]
+        joint = " " if prompt.endswith(("A:", " =")) else "" if prompt.endswith("=") else "\n"
+    return [
+        Segment(prompt),
+        Segment(joint, trained=True),
+        Segment(answer, trained=True, spelled=problem.spelled),
+        Segment("<|endoftext|>", trained=True),
+    ]
+
+
+def system_prompt(rng: random.Random) -> str:
+    """A few sentences, or notes that no answer depends on."""
+    if rng.random() < 0.8:
+        return " ".join(rng.sample(SYSTEM, rng.randint(1, 3)))
+    return f"{rng.choice(SYSTEM)} Notes: {' '.join(word(rng) for _ in range(rng.randint(3, 50)))}."
 
 
 def chat_document(problems: Sequence[Problem], rng: random.Random) -> list[Segment]:
@@ -56,8 +70,7 @@ def chat_document(problems: Sequence[Problem], rng: random.Random) -> list[Segme
     segments = []
     lead = ""
     if rng.random() < 0.15:
-        system = rng.choice(SYSTEM) if rng.random() < 0.9 else f"The user is called {rng.choice(NAMES)}."
-        lead = f"<|im_start|>system\n{system}<|im_end|>\n"
+        lead = f"<|im_start|>system\n{system_prompt(rng)}<|im_end|>\n"
     for problem in problems:
         turns = [(prompt, answer, False) for prompt, answer in problem.history]
         for prompt, answer, spelled in [*turns, (problem.prompt, problem.answer, problem.spelled)]:

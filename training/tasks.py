@@ -40,8 +40,8 @@ SCOPE = "I can only answer small questions about numbers, words, lists and JSON.
 class Problem:
     """One question with its answer.
 
-    `history` holds earlier (user, assistant) turns. A `plain` prompt is continued as text, without the chat template; its
-    answer is what the continuation must start with. `spelled` marks answers made of letters rather than of words.
+    `history` holds earlier (user, assistant) turns. A `plain` prompt is continued as text, without the chat template. An
+    `endless` answer is only the beginning of what follows. `spelled` marks answers made of letters rather than of words.
     """
 
     task: str
@@ -50,6 +50,7 @@ class Problem:
     key: str
     history: tuple[tuple[str, str], ...] = ()
     plain: bool = False
+    endless: bool = False
     spelled: bool = False
 
     @property
@@ -65,8 +66,9 @@ def is_heldout(key: str) -> bool:
 
 
 def check(problem: Problem, text: str) -> bool:
-    """Whether a generated `text` answers the problem: equal up to outer white space (plain prompts: a prefix)."""
-    return text.strip().startswith(problem.answer) if problem.plain else text.strip() == problem.answer
+    """Whether a generated `text` answers the problem: equal up to outer white space, or so beginning if it is endless."""
+    said = text.strip()
+    return said.startswith(f"{problem.answer},") if problem.endless else said == problem.answer
 
 
 def draw(task: str, rng: random.Random, held: bool = False) -> Problem:
@@ -98,9 +100,14 @@ def word(rng: random.Random) -> str:
     if kind < 0.5:
         return rng.choice(WORDS)
     if kind < 0.92:
-        syllables = (rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+        count = rng.randint(1, 3 if kind < 0.85 else 4)
+        syllables = (rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(count))
         return "".join(syllables) + rng.choice(("", "", "n", "r", "s", "t", "l", "ck", "nd", "ing", "er"))
     return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 8)))
+
+
+def word_or_name(rng: random.Random) -> str:
+    return word(rng) if rng.random() < 0.92 else rng.choice(NAMES if rng.random() < 0.6 else CITIES)
 
 
 def distinct(rng: random.Random, make: Callable[[random.Random], str], count: int) -> list[str]:
@@ -122,6 +129,11 @@ def items_of(rng: random.Random, low: int, high: int) -> list[str]:
 
 def listed(items: Sequence[object]) -> str:
     return ", ".join(map(str, items))
+
+
+def given(rng: random.Random, items: Sequence[object]) -> str:
+    """The items as a prompt gives them: now and then in brackets."""
+    return listed(items) if rng.random() < 0.88 else f"[{listed(items)}]"
 
 
 def ask(rng: random.Random, wordings: Sequence[str], **fields: object) -> str:
@@ -235,12 +247,14 @@ def in_words(n: int) -> str:
 
 
 def number_words(rng: random.Random) -> Problem:
-    n = number(rng)
-    if rng.random() < 0.5:
+    n, digits = number(rng), rng.random() < 0.5
+    if digits:
+        wordings = ("Write {n} in digits.", "What number is {n}?", "Write {n} as a number.", "Which number is {n}?")
+    else:
         wordings = ("Write {n} in words.", "Write the number {n} in words.", "How do you write {n} in words?", "Spell out {n}.")
-        return Problem("number_words", ask(rng, wordings, n=n), in_words(n), f"words {n}")
-    wordings = ("Write {n} in digits.", "What number is {n}?", "Write {n} as a number.", "Which number is {n}?")
-    return Problem("number_words", ask(rng, wordings, n=in_words(n)), str(n), f"digits {n}")
+    prompt = ask(rng, wordings, n=in_words(n) if digits else n)
+    key = prompt if n < 100 else f"words {n} {digits}"  # below a hundred there is hardly a rule to learn, only words
+    return Problem("number_words", prompt, str(n) if digits else in_words(n), key)
 
 
 # ---------------------------------------------------------------------------------------------------- counting
@@ -281,12 +295,12 @@ def count_items(rng: random.Random) -> Problem:
         "How many items are in this list: {xs}", "How many items are in the list {xs}?", "Count the items: {xs}",
         "How many {noun} are there: {xs}", "How many {noun} are in this list: {xs}?", "Count the {noun}: {xs}",
     )  # fmt: skip
-    prompt = ask(rng, wordings, xs=listed(items), noun=noun)
+    prompt = ask(rng, wordings, xs=given(rng, items), noun=noun)
     return Problem("count_items", prompt, str(len(items)), f"items {listed(items)}")
 
 
 def count_letters(rng: random.Random) -> Problem:
-    w = word(rng)
+    w = word_or_name(rng)
     wordings = (
         "How many letters are in the word {w}?", "How many letters does {w} have?", 'Count the letters in "{w}".',
         "How many letters are in {w}?", "What is the length of the word {w}?", 'How many letters does the word "{w}" have?',
@@ -300,6 +314,7 @@ def count_letter(rng: random.Random) -> Problem:
     wordings = (
         "How many times does the letter {c} appear in {w}?", 'How many times does "{c}" occur in "{w}"?',
         "How many {c}'s are in {w}?", "How many {c}'s are in the word {w}?", 'Count the letter {c} in "{w}".',
+        "How many times does {c} appear in {w}?", "How many letters {c} are in {w}?", "How many {c} are there in {w}?",
     )  # fmt: skip
     return Problem("count_letter", ask(rng, wordings, w=w, c=c), str(w.count(c)), f"letter {c} {w}")
 
@@ -308,7 +323,7 @@ def count_letter(rng: random.Random) -> Problem:
 
 
 def reverse_word(rng: random.Random) -> Problem:
-    w = word(rng)
+    w = word_or_name(rng)
     wordings = (
         "Reverse the word {w}.", 'Reverse "{w}".', "Write {w} backwards.", "Spell {w} backwards.", "What is {w} backwards?",
         "Reverse the letters of {w}.", 'Write the word "{w}" backwards.',
@@ -317,13 +332,13 @@ def reverse_word(rng: random.Random) -> Problem:
 
 
 def spell(rng: random.Random) -> Problem:
-    w = word(rng)
+    w = word_or_name(rng)
     wordings = ("Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", 'How is "{w}" spelled?')
     return Problem("spell", ask(rng, wordings, w=w), "-".join(w), f"spell {w}", spelled=True)
 
 
 def pick_letter(rng: random.Random) -> Problem:
-    w = word(rng)
+    w = word_or_name(rng)
     place = rng.choice(("first", "last", "second", "third"))
     if len(w) < 3:
         place = "first"
@@ -386,7 +401,7 @@ def sort_numbers(rng: random.Random) -> Problem:
         )  # fmt: skip
     key = f"sort {downward} {listed(numbers)}"
     answer = listed(sorted(numbers, reverse=downward))
-    return Problem("sort_numbers", ask(rng, wordings, xs=listed(numbers)), answer, key)
+    return Problem("sort_numbers", ask(rng, wordings, xs=given(rng, numbers)), answer, key)
 
 
 def sort_words(rng: random.Random) -> Problem:
@@ -395,7 +410,7 @@ def sort_words(rng: random.Random) -> Problem:
         "Sort these words: {xs}", "Sort these words alphabetically: {xs}", "Put these words in alphabetical order: {xs}",
         "Sort the words {xs}.", "Sort alphabetically: {xs}", "Sort: {xs}",
     )  # fmt: skip
-    return Problem("sort_words", ask(rng, wordings, xs=listed(words)), listed(sorted(words)), f"sort {listed(words)}")
+    return Problem("sort_words", ask(rng, wordings, xs=given(rng, words)), listed(sorted(words)), f"sort {listed(words)}")
 
 
 def reverse_list(rng: random.Random) -> Problem:
@@ -404,7 +419,7 @@ def reverse_list(rng: random.Random) -> Problem:
         "Reverse this list: {xs}", "Reverse the list {xs}.", "Reverse the order of these items: {xs}",
         "Write this list backwards: {xs}", "List these in reverse order: {xs}",
     )  # fmt: skip
-    return Problem("reverse_list", ask(rng, wordings, xs=listed(items)), listed(items[::-1]), f"reverse {listed(items)}")
+    return Problem("reverse_list", ask(rng, wordings, xs=given(rng, items)), listed(items[::-1]), f"reverse {listed(items)}")
 
 
 def list_item(rng: random.Random) -> Problem:
@@ -416,7 +431,7 @@ def list_item(rng: random.Random) -> Problem:
         "What is the {p} {noun} of {xs}?", "What is the {p} {noun} in this list: {xs}", "Give me the {p} {noun}: {xs}",
         "Which {noun} is {p}: {xs}", "What is the {p} {noun} in {xs}?",
     )  # fmt: skip
-    prompt = ask(rng, wordings, p=name, noun=noun, xs=listed(items))
+    prompt = ask(rng, wordings, p=name, noun=noun, xs=given(rng, items))
     return Problem("list_item", prompt, items[place], f"item {name} {listed(items)}")
 
 
@@ -424,7 +439,7 @@ def position(rng: random.Random) -> Problem:
     items = items_of(rng, 2, 8)
     place = rng.randrange(len(items))
     wordings = ("At which position is {x} in {xs}?", "What is the position of {x} in the list {xs}?", "Where is {x} in this list: {xs}")
-    prompt = ask(rng, wordings, x=items[place], xs=listed(items))
+    prompt = ask(rng, wordings, x=items[place], xs=given(rng, items))
     return Problem("position", prompt, str(place + 1), f"position {items[place]} {listed(items)}")
 
 
@@ -432,7 +447,7 @@ def contains(rng: random.Random) -> Problem:
     items = items_of(rng, 3, 8)
     x = items.pop() if rng.random() < 0.5 else rng.choice(items)
     wordings = ("Is {x} in the list {xs}?", "Does the list {xs} contain {x}?", "Is {x} in this list: {xs}", "Is {x} one of {xs}?")
-    prompt = ask(rng, wordings, x=x, xs=listed(items))
+    prompt = ask(rng, wordings, x=x, xs=given(rng, items))
     return Problem("contains", prompt, "Yes" if x in items else "No", f"contains {x} {listed(items)}")
 
 
@@ -442,10 +457,10 @@ def edit_list(rng: random.Random) -> Problem:
         x = rng.choice(items)
         rest = [item for item in items if item != x]
         wordings = ("Remove {x} from {xs}.", "Remove {x} from the list {xs}.", "Delete {x} from this list: {xs}")
-        return Problem("edit_list", ask(rng, wordings, x=x, xs=listed(items)), listed(rest), f"remove {x} {listed(items)}")
+        return Problem("edit_list", ask(rng, wordings, x=x, xs=given(rng, items)), listed(rest), f"remove {x} {listed(items)}")
     *rest, x = items
     wordings = ("Append {x} to {xs}.", "Append {x} to the list {xs}.", "Put {x} at the end of this list: {xs}")
-    return Problem("edit_list", ask(rng, wordings, x=x, xs=listed(rest)), listed(items), f"append {x} {listed(rest)}")
+    return Problem("edit_list", ask(rng, wordings, x=x, xs=given(rng, rest)), listed(items), f"append {x} {listed(rest)}")
 
 
 def min_max(rng: random.Random) -> Problem:
@@ -457,7 +472,7 @@ def min_max(rng: random.Random) -> Problem:
         "What is the {p} of {xs}?", "What is the {p} number in this list: {xs}", "Find the {p} number: {xs}",
         "Which number is the {p}: {xs}", f"What is the {short}imum of {{xs}}?", f"{short}({{xs}})",
     )  # fmt: skip
-    prompt = ask(rng, wordings, p=rng.choice(names), xs=listed(numbers))
+    prompt = ask(rng, wordings, p=rng.choice(names), xs=given(rng, numbers))
     answer = str(max(numbers) if largest else min(numbers))
     return Problem("min_max", prompt, answer, f"{short} {listed(numbers)}")
 
@@ -561,7 +576,11 @@ UNKNOWN = (
     "What is the best restaurant in {city}?", "Sing a song about {topic}.", "Who is the king of {country}?", "Speak {language}.",
     "What is the history of {country}?", "Can you {activity}?", "Write Python code to {activity}.", "What is {a} * {b}?",
     "What is the square root of {a}?", "What is {a} divided by {b}?", "Recommend a book about {topic}.", "Tell me a joke.",
-    "Write a letter to {name}.", "Who is {name}?", "Where does {name} live?", "What is the population of {country}?",
+    "Write a letter to {name}.", "Who is {name}?", "Where does {name} live?", "What is a {word}?",
+    "Where can I buy a {word}?", "Why is the {word} so big?", "How much does a {word} cost?", "Draw a {word}.", "Do you have a {word}?",
+    "What is the color of the {word}?", "Tell me about the {word}.", "How old is {name}?", "When is {name} coming to {city}?",
+    "Can you write a program?", "How does a {word} work?", "What should I eat today?", "Book a flight to {city}.", "What time is it?",
+    "What is the best {word}?", "Who won the match in {city}?", "What is the fastest way to {activity}?", "Are you happy?", "What is the population of {country}?",
 )  # fmt: skip
 
 
@@ -622,52 +641,54 @@ def plain_count(rng: random.Random) -> Problem:
     terms = [start + i * step for i in range(shown + 8)]
     shown_text, rest = listed(terms[:shown]), listed(terms[shown:])
     comma = rng.choice((",", ", ", ""))
-    return Problem("plain_count", shown_text + comma, rest if comma else f", {rest}", f"run {start} {step}", plain=True)
-
-
-PLAIN_TASKS = ("add", "subtract", "parity", "compare", "reverse_word", "min_max", "sort_numbers", "count_letters", "successor")
+    return Problem(
+        "plain_count", shown_text + comma, rest if comma else f", {rest}", f"run {start} {step}", plain=True, endless=True
+    )
 
 
 def plain_question(rng: random.Random) -> Problem:
     """A question and its answer on the next line, or an equation, as running text."""
-    problem = TASKS[rng.choice(PLAIN_TASKS)][0](rng)
-    return replace(problem, task="plain_question", plain=True)
+    problem = TASKS[rng.choice(SINGLE_TURN)][0](rng)
+    prompt = problem.prompt if rng.random() < 0.7 else f"Q: {problem.prompt}\nA:"
+    return replace(problem, task="plain_question", prompt=prompt, plain=True)
 
 
 TASKS: dict[str, tuple[Callable[[random.Random], Problem], float]] = {
     "add": (add, 3.0),
     "subtract": (subtract, 3.0),
-    "multiply": (multiply, 0.5),
+    "multiply": (multiply, 0.6),
     "parity": (parity, 0.4),
-    "compare": (compare, 1.0),
+    "compare": (compare, 1.2),
     "successor": (successor, 0.4),
     "next_number": (next_number, 1.5),
-    "number_words": (number_words, 0.6),
+    "number_words": (number_words, 0.7),
     "count_up": (count_up, 0.8),
     "count_down": (count_down, 0.8),
     "count_items": (count_items, 1.0),
-    "count_letters": (count_letters, 1.0),
-    "count_letter": (count_letter, 1.5),
+    "count_letters": (count_letters, 1.2),
+    "count_letter": (count_letter, 1.8),
     "reverse_word": (reverse_word, 1.5),
     "spell": (spell, 0.8),
     "pick_letter": (pick_letter, 0.8),
     "change_case": (change_case, 1.2),
     "copy_text": (copy_text, 0.8),
     "sort_numbers": (sort_numbers, 1.5),
-    "sort_words": (sort_words, 2.0),
+    "sort_words": (sort_words, 2.2),
     "reverse_list": (reverse_list, 0.8),
     "list_item": (list_item, 1.0),
     "position": (position, 1.0),
-    "contains": (contains, 0.8),
-    "edit_list": (edit_list, 0.8),
+    "contains": (contains, 1.0),
+    "edit_list": (edit_list, 1.0),
     "min_max": (min_max, 1.2),
-    "json_field": (json_field, 1.0),
-    "calendar": (calendar, 0.5),
-    "talk": (talk, 0.4),
-    "out_of_scope": (out_of_scope, 0.5),
+    "json_field": (json_field, 2.5),
+    "calendar": (calendar, 1.0),
+    "talk": (talk, 0.5),
+    "out_of_scope": (out_of_scope, 0.7),
     "recall": (recall, 0.6),
-    "follow_up": (follow_up, 1.0),
-    "plain_count": (plain_count, 0.3),
-    "plain_question": (plain_question, 0.8),
+    "follow_up": (follow_up, 1.5),
+    "plain_count": (plain_count, 0.4),
+    "plain_question": (plain_question, 2.5),
 }
 """Every task: its generator, and its weight among the training documents."""
+
+SINGLE_TURN = [task for task in TASKS if task not in ("recall", "follow_up", "plain_count", "plain_question")]
