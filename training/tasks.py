@@ -122,9 +122,15 @@ def number_text(rng: random.Random) -> str:
     return str(number(rng))
 
 
+def name(rng: random.Random) -> str:
+    return rng.choice(NAMES)
+
+
 def items_of(rng: random.Random, low: int, high: int) -> list[str]:
-    """Different words, or different numbers."""
-    return distinct(rng, word if rng.random() < 0.6 else number_text, rng.randint(low, high))
+    """Different words, different names, or different numbers."""
+    kind = rng.random()
+    make = number_text if kind < 0.4 else word if kind < 0.92 else name
+    return distinct(rng, make, rng.randint(low, high))
 
 
 def listed(items: Sequence[object]) -> str:
@@ -151,10 +157,12 @@ def ask(rng: random.Random, wordings: Sequence[str], **fields: object) -> str:
 ADD = (
     "What is {a} + {b}?", "{a}+{b}=", "{a} + {b} =", "{a} + {b}", "Add {a} and {b}.", "What is {a} plus {b}?", "What is {a}+{b}?",
     "What is the sum of {a} and {b}?", "Calculate {a} + {b}.", "How much is {a} + {b}?", "Compute {a}+{b}.", "What's {a} + {b}?",
+    "{a} plus {b}", "{a} + {b} = ?",
 )  # fmt: skip
 SUBTRACT = (
     "What is {a} - {b}?", "{a}-{b}=", "{a} - {b} =", "{a} - {b}", "Subtract {b} from {a}.", "What is {a} minus {b}?",
     "What is {a}-{b}?", "Calculate {a} - {b}.", "How much is {a} - {b}?", "Compute {a}-{b}.", "Take {b} away from {a}.",
+    "{a} minus {b}", "{a} - {b} = ?",
 )  # fmt: skip
 MULTIPLY = (
     "What is {a} * {b}?", "{a}*{b}=", "{a} * {b} =", "What is {a} times {b}?", "Multiply {a} by {b}.", "What is {a} x {b}?",
@@ -405,7 +413,7 @@ def sort_numbers(rng: random.Random) -> Problem:
 
 
 def sort_words(rng: random.Random) -> Problem:
-    words = distinct(rng, word, rng.randint(2, 6))
+    words = distinct(rng, word if rng.random() < 0.92 else name, rng.randint(2, 6))
     wordings = (
         "Sort these words: {xs}", "Sort these words alphabetically: {xs}", "Put these words in alphabetical order: {xs}",
         "Sort the words {xs}.", "Sort alphabetically: {xs}", "Sort: {xs}",
@@ -425,14 +433,14 @@ def reverse_list(rng: random.Random) -> Problem:
 def list_item(rng: random.Random) -> Problem:
     items = items_of(rng, 2, 7)
     place = rng.randrange(len(items))
-    name = "last" if place == len(items) - 1 and rng.random() < 0.7 else ORDINALS[place]
+    which = "last" if place == len(items) - 1 and rng.random() < 0.7 else ORDINALS[place]
     noun = rng.choice(("item", "number" if items[0].isdigit() else "word"))
     wordings = (
         "What is the {p} {noun} of {xs}?", "What is the {p} {noun} in this list: {xs}", "Give me the {p} {noun}: {xs}",
         "Which {noun} is {p}: {xs}", "What is the {p} {noun} in {xs}?",
     )  # fmt: skip
-    prompt = ask(rng, wordings, p=name, noun=noun, xs=given(rng, items))
-    return Problem("list_item", prompt, items[place], f"item {name} {listed(items)}")
+    prompt = ask(rng, wordings, p=which, noun=noun, xs=given(rng, items))
+    return Problem("list_item", prompt, items[place], f"item {which} {listed(items)}")
 
 
 def position(rng: random.Random) -> Problem:
