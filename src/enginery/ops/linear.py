@@ -10,14 +10,19 @@ PANEL = 16
 """Output columns of one panel: one AVX-512 register or two AVX2 registers of float32."""
 
 
-def pack_reference(weight: torch.Tensor) -> torch.Tensor:
-    """weight `[N, K]` -> `[ceil(N / 16), ceil(K / 2), 16, 2]` (rows and depth padded with zeros).
+def pair_of(dtype: torch.dtype) -> int:
+    """Depths that lie side by side in a packed weight."""
+    return 2 if dtype == torch.bfloat16 else 1
 
-    A panel holds 16 rows of the weight; for each pair of depths the 16 pairs lie side by side, so that a 32-bit lane of a
-    bfloat16 panel holds two neighbouring depths of one output (the operand of AVX512-BF16's dot product).
-    float32 weights use pairs of one: `[ceil(N / 16), K, 16, 1]`.
+
+def pack_reference(weight: torch.Tensor) -> torch.Tensor:
+    """weight `[N, K]` -> `[ceil(N / 16), K, 16, 1]`; bfloat16: `[ceil(N / 16), ceil(K / 2), 16, 2]` (padded with zeros).
+
+    A panel holds 16 rows of the weight, one depth after another. A bfloat16 panel holds pairs of depths side by side, so that a
+    32-bit lane holds two neighbouring depths of one output: the operand of AVX512-BF16's dot product, and two shifts away
+    from float32 elsewhere. (float16 has an instruction that widens lanes in order, so it needs no pairs.)
     """
-    pair = 1 if weight.dtype == torch.float32 else 2
+    pair = pair_of(weight.dtype)
     rows, depth = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -depth % pair, 0, -rows % PANEL))
     return padded.view(-1, PANEL, padded.shape[1] // pair, pair).transpose(1, 2).contiguous()
@@ -36,7 +41,7 @@ def packed_linear_reference(
 
 
 def _pack_shape(weight):
-    pair = 1 if weight.dtype == torch.float32 else 2
+    pair = pair_of(weight.dtype)
     return weight.new_empty(-(-weight.shape[0] // PANEL), -(-weight.shape[1] // pair), PANEL, pair)
 
 

@@ -1,0 +1,374 @@
+// Attention over a paged cache with an online softmax (Milakov & Gimelshein, 2018; FlashAttention's tiling, Dao et al., 2022).
+//
+// A task is a tile of query tokens of one sequence times one KV head: all its query heads are rows of the same two matrix
+// products, so keys and values are read once for all of them. Keys pass in blocks that start at multiples of kBlock of
+// their position in the sequence. A row takes the same steps in the same order whatever tile it lies in: keys that it
+// may not see are exact no-ops. So decode, chunked and whole prefill of one token give the same bits.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "rows.h"
+#include "scratch.h"
+
+namespace enginery {
+namespace {
+
+constexpr int kBlock = 64;                // keys of one step of the online softmax
+constexpr int kTileRows = 8 * kMaxRows;   // rows of a query tile
+constexpr int kGatherFrom = 2 * kMaxRows; // rows that pay for copying a block's values side by side
+static_assert(kBlock <= kChunk && kBlock % kColumns == 0, "a row of weights is one chunk");
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+template <class T>
+struct Values {
+  static constexpr Format kFormat = Format::kFloat;
+};
+template <>
+struct Values<bf16> {
+  static constexpr Format kFormat = Format::kBfloat;
+};
+template <>
+struct Values<f16> {
+  static constexpr Format kFormat = Format::kHalf;
+};
+
+struct Task {
+  int64_t sequence, first, count, head, cost;
+};
+
+// Which keys of a sequence a token at `position` may see.
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range visible(const AttentionCall& call, int64_t position, int64_t length) {
+  const int64_t begin = call.window > position ? 0 : position - call.window + 1;
+  return {begin, call.causal ? std::min(position + 1, length) : length};
+}
+
+// Working memory of one thread, sized once per call.
+struct Workspace {
+  float *queries, *weights, *keys, *values, *output, *best, *total, *zeros;
+
+  static int64_t padded_values(const AttentionCall& call) { return round_up(call.value_size, kColumns) + kColumns; }
+  static int64_t padded_keys(const AttentionCall& call) { return round_up(call.key_size, kChunk); }
+
+  static size_t floats(const AttentionCall& call, int64_t rows) {
+    return rows * (padded_keys(call) + kChunk + padded_values(call) + 2) + kLanes +
+           kBlock * (call.key_size + padded_values(call)) + padded_keys(call) + 8 * kLanes;
+  }
+
+  Workspace(const AttentionCall& call, int64_t rows, float* memory) {
+    const auto take = [&memory](int64_t count) {
+      float* taken = memory;
+      memory += round_up(count, kLanes);
+      return taken;
+    };
+    queries = take(rows * padded_keys(call));
+    weights = take(rows * kChunk);
+    keys = take(kBlock * call.key_size);
+    values = take(kBlock * padded_values(call));
+    output = take(rows * padded_values(call));
+    best = take(rows);
+    total = take(rows);
+    zeros = take(padded_keys(call));
+    std::memset(zeros, 0, padded_keys(call) * sizeof(float));
+  }
+};
+
+template <class T>
+class Attend {
+ public:
+  Attend(const AttentionCall& call, const Workspace& work, const Task& task)
+      : call_(call),
+        work_(work),
+        task_(task),
+        groups_(call.query_heads / call.kv_heads),
+        rows_(task.count * groups_),
+        tiles_(rows_),
+        length_(call.seq_lens[task.sequence]),
+        position_(length_ - call.query_start[task.sequence + 1] + task.first),
+        table_(call.tables + task.sequence * call.table_stride),
+        keys_(static_cast<const T*>(call.key_cache.data) + task.head * call.key_cache.head),
+        values_(static_cast<const T*>(call.value_cache.data) + task.head * call.value_cache.head),
+        width_(Workspace::padded_values(call)),
+        full_(call.value_size / kLanes * kLanes),
+        tail_(round_up(full_, kColumns)) {}
+
+  void run() {
+    start();
+    const Range range{visible(call_, position_, length_).begin,
+                      visible(call_, position_ + task_.count - 1, length_).end};
+    for (int64_t block = range.begin / kBlock * kBlock; block < range.end; block += kBlock) {
+      const Range keys{std::max(block, range.begin), std::min<int64_t>(block + kBlock, range.end)};
+      score(block, keys);
+      for (int64_t row = 0; row < rows_; ++row) weigh(row, block, keys);
+      accumulate(block, keys);
+    }
+    finish();
+  }
+
+ private:
+  int64_t head(int64_t row) const { return task_.head * groups_ + row % groups_; }
+  int64_t token(int64_t row) const { return task_.first + row / groups_; }
+  int64_t position(int64_t row) const { return position_ + row / groups_; }
+
+  void start() {
+    const int64_t chunks = Workspace::padded_keys(call_) / kChunk;
+    for (int64_t tile = 0; tile < tiles_.count; ++tile)
+      for (int r = 0; r < tiles_.size(tile); ++r) {
+        const int64_t row = tiles_.begin(tile) + r;
+        const T* query = static_cast<const T*>(call_.query.data) + token(row) * call_.query.token + head(row) * call_.query.head;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          float* out = work_.queries + (tiles_.begin(tile) * chunks + chunk * tiles_.size(tile) + r) * kChunk;
+          pack_row_chunk(query, call_.key_size, call_.key_size, chunk, out);
+        }
+      }
+    // A sink is a logit that was met before all keys and has no value.
+    for (int64_t row = 0; row < rows_; ++row) {
+      work_.best[row] = call_.sinks == nullptr ? kNone : call_.sinks[head(row)];
+      work_.total[row] = call_.sinks == nullptr ? 0.0f : 1.0f;
+    }
+    std::memset(work_.output, 0, rows_ * width_ * sizeof(float));
+  }
+
+  // The sixteen-key groups of a block that hold a key of the range.
+  static int first_group(int64_t block, Range keys) { return int((keys.begin - block) / kLanes); }
+  static int last_group(int64_t block, Range keys) { return int((keys.end - block + kLanes - 1) / kLanes); }
+
+  // weights[row][j] = q · k
+  void score(int64_t block, Range keys) {
+    const int first = first_group(block, keys), last = last_group(block, keys);
+    for (int group = first; group < last; ++group) {
+      const T* rows[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t key = block + group * kLanes + lane;
+        rows[lane] = key < keys.begin || key >= keys.end ? reinterpret_cast<const T*>(work_.zeros) : key_row(key);
+      }
+      transpose_panel(rows, call_.key_size, work_.keys + group * kLanes * call_.key_size);
+    }
+    Product product{};
+    product.b_step = kLanes;
+    product.steps = call_.key_size;
+    product.c_row = kChunk;
+    for (int group = first; group < last; group += kPanels) {
+      product.b = work_.keys + group * kLanes * call_.key_size;
+      product.b_panel = group + kPanels <= last ? kLanes * call_.key_size : 0;
+      for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+        product.a = work_.queries + tiles_.begin(tile) * Workspace::padded_keys(call_);
+        product.c = work_.weights + tiles_.begin(tile) * kChunk + group * kLanes;
+        micro(Format::kFloat, tiles_.size(tile))(product);
+      }
+    }
+  }
+
+  const T* key_row(int64_t key) const {
+    return keys_ + table_[key / call_.block_size] * call_.key_cache.block + key % call_.block_size * call_.key_cache.token;
+  }
+
+  const T* value_row(int64_t key) const {
+    return values_ + table_[key / call_.block_size] * call_.value_cache.block + key % call_.block_size * call_.value_cache.token;
+  }
+
+  // One step of the online softmax for one row: scores become weights, what was summed before is rescaled.
+  void weigh(int64_t row, int64_t block, Range keys) {
+    const int first = first_group(block, keys), last = last_group(block, keys);
+    float* weights = work_.weights + row * kChunk;
+    const Range seen = visible(call_, position(row), length_);
+    if (seen.begin >= keys.end || seen.end <= keys.begin) {
+      std::memset(weights + first * kLanes, 0, (last - first) * kLanes * sizeof(float));
+      return;
+    }
+    Vec largest = broadcast(kNone);
+    for (int group = first; group < last; ++group) {
+      const int64_t key = block + group * kLanes;
+      Vec scores = shape(load(weights + group * kLanes), row, key);
+      if (key < seen.begin || key + kLanes > seen.end) scores = keep_lanes(scores, seen.begin - key, seen.end - key);
+      store(weights + group * kLanes, scores);
+      largest = max(largest, scores);
+    }
+    const float before = work_.best[row], best = std::max(before, reduce_max(largest));
+    const Vec shift = broadcast(best == kNone ? 0.0f : best);  // −∞ − 0: every weight is zero
+    Vec sum = broadcast(0.0f);
+    for (int group = first; group < last; ++group) {
+      const Vec weight = exp(sub(load(weights + group * kLanes), shift));
+      store(weights + group * kLanes, weight);
+      sum = add(sum, weight);
+    }
+    if (best != before) {
+      const Vec scale = exp(sub(broadcast(before), shift));
+      work_.total[row] *= scale.part[0][0];
+      float* output = work_.output + row * width_;
+      for (int64_t at = 0; at < width_; at += kLanes) store(output + at, mul(load(output + at), scale));
+    }
+    work_.total[row] += reduce_sum(sum);
+    work_.best[row] = best;
+  }
+
+  // scale, soft cap, ALiBi
+  Vec shape(Vec scores, int64_t row, int64_t key) const {
+    scores = mul(scores, broadcast(call_.scale));
+    if (call_.softcap != 0.0f)
+      scores = mul(tanh(mul(scores, broadcast(1.0f / call_.softcap))), broadcast(call_.softcap));
+    if (call_.slopes != nullptr) {
+      const Vec distance = add(lane_numbers(), broadcast(float(key - position(row))));
+      scores = fma(distance, broadcast(call_.slopes[head(row)]), scores);
+    }
+    return scores;
+  }
+
+  // output[row] += weights[row] · V, one chain over the keys in order; a weight of zero adds nothing.
+  void accumulate(int64_t block, Range keys) {
+    if (rows_ >= kGatherFrom) {
+      for (int64_t key = keys.begin; key < keys.end; ++key)
+        copy_chunk(value_row(key), 0, full_, work_.values + (key - block) * width_);
+      const float* values = work_.values + (keys.begin - block) * width_;
+      product(Format::kFloat, values, width_, keys.begin - block, keys.end - keys.begin);
+    }
+    for (int64_t key = keys.begin; key < keys.end;) {
+      const int64_t end = std::min(keys.end, (key / call_.block_size + 1) * call_.block_size);
+      const T* values = value_row(key);
+      if (rows_ < kGatherFrom) product(Values<T>::kFormat, values, call_.value_cache.token, key - block, end - key);
+      if (full_ < call_.value_size) tail_product(values, key - block, end - key);
+      key = end;
+    }
+  }
+
+  template <class Element>
+  void product(Format format, const Element* values, int64_t stride, int64_t at, int64_t steps) {
+    Product product{};
+    product.b_step = stride;
+    product.steps = steps;
+    product.c_row = width_;
+    product.accumulate = true;
+    for (int64_t column = 0; column < full_; column += kColumns) {
+      product.b = values + column;
+      product.b_panel = column + kColumns <= full_ ? kLanes : 0;  // doubled columns are never read
+      multiply_tiles(format, product, at, column);
+    }
+  }
+
+  // The last value_size % 16 columns, padded with zeros.
+  void tail_product(const T* values, int64_t at, int64_t steps) {
+    float padded[kBlock * kLanes] = {};
+    for (int64_t step = 0; step < steps; ++step)
+      copy_chunk(values + step * call_.value_cache.token, full_, call_.value_size, padded + step * kLanes);
+    Product product{};
+    product.b = padded;
+    product.b_step = kLanes;
+    product.b_panel = 0;
+    product.steps = steps;
+    product.c_row = width_;
+    product.accumulate = true;
+    multiply_tiles(Format::kFloat, product, at, tail_);
+  }
+
+  void multiply_tiles(Format format, Product& product, int64_t at, int64_t column) {
+    for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+      product.a = work_.weights + tiles_.begin(tile) * kChunk + at;
+      product.c = work_.output + tiles_.begin(tile) * width_ + column;
+      micro(format, tiles_.size(tile))(product);
+    }
+  }
+
+  void finish() {
+    for (int64_t row = 0; row < rows_; ++row) {
+      float* values = work_.output + row * width_;
+      const Vec scale = broadcast(1.0f / work_.total[row]);
+      for (int64_t at = 0; at < width_; at += kLanes) store(values + at, mul(load(values + at), scale));
+      T* out = static_cast<T*>(call_.output) + (token(row) * call_.query_heads + head(row)) * call_.value_size;
+      finish_row<T>(values, nullptr, full_, out);
+      if (full_ < call_.value_size) finish_row<T>(values + tail_, nullptr, call_.value_size - full_, out + full_);
+    }
+  }
+
+  const AttentionCall& call_;
+  const Workspace& work_;
+  const Task& task_;
+  int64_t groups_, rows_;
+  Tiles tiles_;
+  int64_t length_, position_;
+  const int32_t* table_;
+  const T *keys_, *values_;
+  int64_t width_, full_, tail_;
+};
+
+template <class T>
+void write_cache(const AttentionCall& call) {
+#pragma omp for schedule(static)
+  for (int64_t token = 0; token < call.tokens; ++token) {
+    const int64_t slot = call.slots[token];
+    if (slot < 0) continue;
+    const int64_t block = slot / call.block_size, offset = slot % call.block_size;
+    const auto write = [&](const Heads& from, const Cache& to, int64_t size) {
+      for (int64_t head = 0; head < call.kv_heads; ++head)
+        std::memcpy(static_cast<T*>(to.data) + block * to.block + head * to.head + offset * to.token,
+                    static_cast<const T*>(from.data) + token * from.token + head * from.head, size * sizeof(T));
+    };
+    write(call.key, call.key_cache, call.key_size);
+    write(call.value, call.value_cache, call.value_size);
+  }
+}
+
+// Tiles of all sequences and heads, the dearest first, so that threads taking them one by one end together.
+std::vector<Task> plan(const AttentionCall& call, int64_t tile_tokens) {
+  std::vector<Task> tasks;
+  for (int64_t sequence = 0; sequence < call.sequences; ++sequence) {
+    const int64_t begin = call.query_start[sequence], end = call.query_start[sequence + 1];
+    const int64_t length = call.seq_lens[sequence];
+    for (int64_t first = begin; first < end; first += tile_tokens) {
+      const int64_t count = std::min(tile_tokens, end - first), position = length - end + first;
+      const int64_t keys = visible(call, position + count - 1, length).end - visible(call, position, length).begin;
+      for (int64_t head = 0; head < call.kv_heads; ++head)
+        tasks.push_back({sequence, first, count, head, keys * (count + kLanes)});
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  return tasks;
+}
+
+template <class T>
+void clear_padding(const AttentionCall& call) {
+  const int64_t row = call.query_heads * call.value_size;
+  T* output = static_cast<T*>(call.output);
+  const int64_t begin = call.sequences > 0 ? call.query_start[0] : 0;
+  const int64_t end = call.sequences > 0 ? call.query_start[call.sequences] : 0;
+  std::memset(static_cast<void*>(output), 0, begin * row * sizeof(T));
+  std::memset(static_cast<void*>(output + end * row), 0, (call.tokens - end) * row * sizeof(T));
+}
+
+template <class T>
+void run(const AttentionCall& call) {
+  const int64_t groups = call.query_heads / call.kv_heads, tile_tokens = std::max<int64_t>(1, kTileRows / groups);
+  const std::vector<Task> tasks = plan(call, tile_tokens);
+  int64_t rows = 0;
+  for (const Task& task : tasks) rows = std::max(rows, task.count * groups);
+  const size_t bytes = round_up(Workspace::floats(call, rows) * sizeof(float), kLine);
+  char* scratch = thread_scratch().reserve(call.threads * bytes);
+  clear_padding<T>(call);
+#pragma omp parallel num_threads(call.threads)
+  {
+    const Workspace work(call, rows, reinterpret_cast<float*>(scratch + omp_get_thread_num() * bytes));
+    if (call.slots != nullptr) write_cache<T>(call);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t task = 0; task < tasks.size(); ++task) Attend<T>(call, work, tasks[task]).run();
+  }
+}
+
+}  // namespace
+
+void attention(const AttentionCall& call) {
+  switch (call.dtype) {
+    case DType::kFloat32: return run<float>(call);
+    case DType::kBFloat16: return run<bf16>(call);
+    case DType::kFloat16: return run<f16>(call);
+  }
+}
+
+}  // namespace enginery
