@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs, written in Triton. Their grids follow from shapes alone, so CUDA graphs can capture them."""

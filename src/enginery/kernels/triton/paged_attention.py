@@ -1,0 +1,405 @@
+"""Paged attention on NVIDIA GPUs: `enginery::paged_attention` for the CUDA dispatch key.
+
+Two kernels share the batch by the number of a sequence's new tokens, which only the device knows:
+
+- *short* (at most BLOCK_Q new tokens: decoding, speculation): split-K (Dao et al., "Flash-Decoding", 2023). The keys of a
+  sequence are cut into as many parts as fill the GPU at the capacity of the batch; `merge_splits` combines the parts.
+- *long* (prefill chunks): one program per tile of queries and kv head, causal and windowed blocks of keys skipped.
+
+Where there are as many tokens as sequences (T = S: decoding), only *short* runs, and it writes the cache too: the new tokens go
+through registers on their way there. Otherwise `write_cache` comes first. Every grid follows from shapes, nothing is
+read on the host, so a call can be captured in a CUDA graph. Any batch is computed correctly by either plan; T = S with long
+chunks among empty sequences is merely slow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from enginery.errors import UnsupportedError
+from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E, attend_one, attend_range, load_rows
+
+BATCH_SIZES = ["num_tokens", "num_sequences", "partial_rows"]
+"""Arguments that change from step to step: compiling for their divisibility would stall a server."""
+
+
+@triton.jit
+def store_rows(pointer, offsets, columns, data, inside, ROW: tl.constexpr):
+    """Writes the first ROW columns of the rows that are `inside`."""
+    tl.store(pointer + offsets[:, None] + columns[None, :], data, mask=inside[:, None] & (columns < ROW)[None, :])
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def write_cache(
+    key, value, key_cache, value_cache, slot_mapping, query_start, output, num_sequences,
+    key_stride, value_stride, key_block_stride, value_block_stride,
+    KV_HEADS: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED_HEADS: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, PADDED_OUTPUT: tl.constexpr,
+):  # fmt: skip
+    """One program per token: its keys and values go to its slot; the output of a token of no sequence becomes zero."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    if slot >= 0:
+        block, within = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        heads = tl.arange(0, PADDED_HEADS)
+        inside = heads < KV_HEADS
+        columns = tl.arange(0, PADDED_DK)
+        data = load_rows(key + token * key_stride, heads * DK, columns, inside, DK, PADDED_DK, True)
+        target = key_cache + block * key_block_stride + within * DK
+        store_rows(target, heads * BLOCK_SIZE * DK, columns, data, inside, DK)
+        columns = tl.arange(0, PADDED_DV)
+        data = load_rows(value + token * value_stride, heads * DV, columns, inside, DV, PADDED_DV, True)
+        target = value_cache + block * value_block_stride + within * DV
+        store_rows(target, heads * BLOCK_SIZE * DV, columns, data, inside, DV)
+    if token >= tl.load(query_start + num_sequences):
+        columns = tl.arange(0, PADDED_OUTPUT)
+        tl.store(output + token * HEADS * DV + columns, tl.zeros([PADDED_OUTPUT], output.dtype.element_ty), columns < HEADS * DV)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def attend_short(
+    query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes,
+    output, partial_sums, partial_stats, num_sequences, partial_rows,
+    query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride,
+    scale, window, softcap,
+    GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    DECODE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """One program per kv head, sequence and split. Split 0 also takes the new tokens, from `key` and `value`.
+
+    With one split the result goes to `output`; otherwise the state of every row goes to `partial_sums [SPLITS, rows, Hq, DV]`
+    and `partial_stats [2, SPLITS, rows, Hq]` (maximum, total), where a row is a token (DECODE) or sequence · BLOCK_Q + i.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
+    HEADS: tl.constexpr = KV_HEADS * GROUPS
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    split = tl.program_id(2)
+    begin = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1)
+    context = tl.load(seq_lens + sequence) - (end - begin)
+
+    rows = tl.arange(0, BLOCK_M)
+    local_token = rows // GROUPS
+    head = kv_head * GROUPS + rows % GROUPS
+    key_columns = tl.arange(0, PADDED_DK)
+    value_columns = tl.arange(0, PADDED_DV)
+    slopes = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_ALIBI:
+        slopes = tl.load(alibi_slopes + head).to(tl.float32)
+    keys = key_cache + kv_head * BLOCK_SIZE * DK
+    values = value_cache + kv_head * BLOCK_SIZE * DV
+    table = block_tables + sequence.to(tl.int64) * table_stride
+
+    stop = end
+    if DECODE:
+        # Row `sequence` belongs to nobody if the batch is padded: the padding's output is zero.
+        if split == 0 and sequence >= tl.load(query_start + num_sequences):
+            blank = tl.zeros([BLOCK_M, PADDED_DV], output.dtype.element_ty)
+            offsets = sequence.to(tl.int64) * HEADS * DV + head * DV
+            store_rows(output, offsets, value_columns, blank, local_token == 0, DV)
+    elif end - begin > BLOCK_Q:
+        stop = begin
+
+    for first in range(begin, stop, BLOCK_Q):
+        token = (first + local_token).to(tl.int64)
+        owned = (local_token < BLOCK_Q) & (token < end)
+        positions = context + (first - begin) + local_token
+        tile = load_rows(query, token * query_stride + head * DK, key_columns, owned, DK, PADDED_DK, True)
+        sums = tl.zeros([BLOCK_M, PADDED_DV], tl.float32)
+        maximum = tl.full([BLOCK_M], EMPTY, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        lowest = 0
+        if HAS_WINDOW:
+            lowest = tl.maximum(context + (first - begin) - window + 1, 0)
+
+        if split == 0:
+            if HAS_SINKS:
+                maximum = tl.load(sinks + head).to(tl.float32) * LOG2_E
+                total += 1.0
+            for new in range(begin, tl.minimum(first + BLOCK_Q, end)):
+                age = new - begin
+                source = (begin + age).to(tl.int64)
+                in_key, in_value = key_columns < DK, value_columns < DV
+                new_key = tl.load(key + source * key_stride + kv_head * DK + key_columns, in_key, other=0.0)
+                new_value = tl.load(value + source * value_stride + kv_head * DV + value_columns, in_value, other=0.0)
+                if DECODE:
+                    slot = tl.load(slot_mapping + source).to(tl.int64)
+                    block, within = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+                    tl.store(keys + block * key_block_stride + within * DK + key_columns, new_key, in_key & (slot >= 0))
+                    tl.store(values + block * value_block_stride + within * DV + value_columns, new_value, in_value & (slot >= 0))
+                sums, maximum, total = attend_one(
+                    sums, maximum, total, tile, positions, slopes, new_key, new_value, context + age,
+                    scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+                )  # fmt: skip
+
+        first_block = lowest // BLOCK_N
+        blocks = tl.cdiv(context, BLOCK_N) - first_block
+        share = tl.cdiv(blocks, SPLITS)
+        low = (first_block + split * share) * BLOCK_N
+        high = tl.minimum(low + share * BLOCK_N, context)
+        sums, maximum, total = attend_range(
+            sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
+            low, high, lowest, context + (first - begin), context + (first - begin) + BLOCK_Q - 1, scale, window, softcap,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        )  # fmt: skip
+
+        if SPLITS == 1:
+            result = (sums / total[:, None]).to(output.dtype.element_ty)
+            store_rows(output, (token * HEADS + head) * DV, value_columns, result, owned, DV)
+        else:
+            row = token
+            if not DECODE:
+                row = sequence.to(tl.int64) * BLOCK_Q + local_token
+            place = (split * partial_rows + row) * HEADS + head
+            tl.store(partial_stats + place, maximum, owned)
+            tl.store(partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS + place, total, owned)
+            # A split without keys leaves its sums unwritten; a total of zero says so.
+            store_rows(partial_sums, place * DV, value_columns, sums, owned & (total > 0.0), DV)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def merge_splits(
+    partial_sums, partial_stats, query_start, output, num_sequences, partial_rows,
+    HEADS: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    """One program per query head and row: output = Σ 2^(m_i − m)·sums_i / Σ 2^(m_i − m)·total_i over the splits i."""
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    if DECODE:
+        token = row
+        owned = token < tl.load(query_start + num_sequences)
+    else:
+        begin = tl.load(query_start + row // BLOCK_Q)
+        count = tl.load(query_start + row // BLOCK_Q + 1) - begin
+        token = begin + row % BLOCK_Q
+        owned = (row % BLOCK_Q < count) & (count <= BLOCK_Q)
+    if owned:
+        splits = tl.arange(0, PADDED_SPLITS)
+        place = (splits * partial_rows + row) * HEADS + head
+        maximum = tl.load(partial_stats + place, splits < SPLITS, other=EMPTY)
+        total = tl.load(partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS + place, splits < SPLITS, other=0.0)
+        weights = tl.exp2(maximum - tl.max(maximum, 0))
+        columns = tl.arange(0, PADDED_DV)
+        sums = load_rows(partial_sums, place * DV, columns, total > 0.0, DV, PADDED_DV, True)
+        result = tl.sum(sums * weights[:, None], 0) / tl.sum(total * weights, 0)
+        tl.store(output + (token * HEADS + head) * DV + columns, result.to(output.dtype.element_ty), columns < DV)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def attend_long(
+    query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes, output, num_sequences,
+    query_stride, table_stride, key_block_stride, value_block_stride, scale, window, softcap,
+    GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PADDED_SEQUENCES: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """One program per kv head and tile of BLOCK_Q tokens; sequences of at most SHORT new tokens are left to `attend_short`.
+
+    The tiles of sequence s start at query_start[s] // BLOCK_Q + s: never fewer than it needs, T // BLOCK_Q + S in all.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
+    HEADS: tl.constexpr = KV_HEADS * GROUPS
+    kv_head = tl.program_id(0)
+    # The last tiles of a sequence see the most keys: they start first, so that none is left over at the end.
+    tile_index = tl.num_programs(1) - 1 - tl.program_id(1)
+    candidates = tl.arange(0, PADDED_SEQUENCES)
+    starts = tl.load(query_start + candidates, candidates < num_sequences, other=0)
+    before = (starts // BLOCK_Q + candidates <= tile_index) & (candidates < num_sequences)
+    sequence = tl.sum(before.to(tl.int32), 0) - 1
+    begin = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1)
+    first = (tile_index - begin // BLOCK_Q - sequence) * BLOCK_Q
+    if (end - begin > SHORT) & (begin + first < end):
+        context = tl.load(seq_lens + sequence) - (end - begin)
+        rows = tl.arange(0, BLOCK_M)
+        local_token = rows // GROUPS
+        head = kv_head * GROUPS + rows % GROUPS
+        token = (begin + first + local_token).to(tl.int64)
+        owned = (local_token < BLOCK_Q) & (token < end)
+        positions = context + first + local_token
+        key_columns = tl.arange(0, PADDED_DK)
+        value_columns = tl.arange(0, PADDED_DV)
+        tile = load_rows(query, token * query_stride + head * DK, key_columns, owned, DK, PADDED_DK, True)
+        slopes = tl.zeros([BLOCK_M], tl.float32)
+        if HAS_ALIBI:
+            slopes = tl.load(alibi_slopes + head).to(tl.float32)
+        sums = tl.zeros([BLOCK_M, PADDED_DV], tl.float32)
+        maximum = tl.full([BLOCK_M], EMPTY, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        if HAS_SINKS:
+            maximum = tl.load(sinks + head).to(tl.float32) * LOG2_E
+            total += 1.0
+        keys = key_cache + kv_head * BLOCK_SIZE * DK
+        values = value_cache + kv_head * BLOCK_SIZE * DV
+        table = block_tables + sequence.to(tl.int64) * table_stride
+        lowest = 0
+        if HAS_WINDOW:
+            lowest = tl.maximum(context + first - window + 1, 0)
+        low = lowest // BLOCK_N * BLOCK_N
+        high = tl.minimum(context + first + BLOCK_Q, context + (end - begin))
+        sums, maximum, total = attend_range(
+            sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
+            low, high, lowest, context + first, context + first + BLOCK_Q - 1, scale, window, softcap,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        )  # fmt: skip
+        result = (sums / total[:, None]).to(output.dtype.element_ty)
+        store_rows(output, (token * HEADS + head) * DV, value_columns, result, owned, DV)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel cuts its work: rows and keys of a tile, warps of a program, stages of its pipeline of loads."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Everything of a call that is fixed before the GPU sees it; a function of shapes and dtypes alone."""
+
+    decode: bool
+    short: Tiling
+    long: Tiling
+    splits: int
+
+    @property
+    def launches(self) -> tuple[str, ...]:
+        merge = ("merge_splits",) if self.splits > 1 else ()
+        return ("attend_short", *merge) if self.decode else ("write_cache", "attend_short", *merge, "attend_long")
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is at least `number` and at least 16, the least side of a matrix product."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+def plan_launch(
+    tokens: int, sequences: int, capacity: int, kv_heads: int, groups: int, width: int, itemsize: int, processors: int
+) -> LaunchPlan:
+    """`capacity`: keys that a block table can name; `width`: the larger padded head size; `processors`: multiprocessors."""
+    rows = power_of_two(groups)
+    row_bytes = width * itemsize
+    if itemsize > 2:
+        short, long = Tiling(rows, 32, 4, 2), Tiling(max(rows, 32), 32, 4, 1)
+    elif row_bytes <= 256:
+        short, long = Tiling(rows, 64, 4, 3), Tiling(max(rows, 128), 64, 8, 3)
+    else:
+        short, long = Tiling(rows, 32, 4, 3), Tiling(max(rows, 64), 32, 4, 2)
+    programs = max(1, sequences * kv_heads)
+    # Two programs per multiprocessor keep enough loads in flight; a split of fewer than four blocks costs more than it gains.
+    splits = min(2 * processors // programs, capacity // (4 * short.block_n), 64)
+    return LaunchPlan(tokens == sequences, short, long, max(1, splits))
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _check_layout(name: str, tensor: torch.Tensor) -> None:
+    if not tensor[0].is_contiguous():
+        raise UnsupportedError(f"{name} is not contiguous within a block", "Allocate it as [blocks, Hkv, block_size, D]")
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`[T, H, D]` with contiguous rows; a slice of a fused projection keeps its own stride between tokens."""
+    return tensor if tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2] else tensor.contiguous()
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    plan: LaunchPlan | None = None,
+) -> torch.Tensor:
+    """The contract of `enginery::paged_attention`; float32, float16 and bfloat16. `plan` overrides the choice of tiles."""
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    _check_layout("key_cache", key_cache)
+    _check_layout("value_cache", value_cache)
+    tokens, heads, dk = query.shape
+    _, kv_heads, block_size, dv = value_cache.shape
+    sequences, table_width = block_tables.shape
+    groups = heads // kv_heads
+    padded_dk, padded_dv = power_of_two(dk), power_of_two(dv)
+    if plan is None:
+        width, device = max(padded_dk, padded_dv), query.device
+        capacity = table_width * block_size
+        plan = plan_launch(tokens, sequences, capacity, kv_heads, groups, width, query.element_size(), _processors(device))
+    output = query.new_empty(tokens, heads, dv)
+    if tokens == 0:
+        return output
+
+    sizes = {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, "PADDED_DK": padded_dk, "PADDED_DV": padded_dv}
+    features = {
+        "GROUPS": groups,
+        "KV_HEADS": kv_heads,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "HAS_SINKS": sinks is not None,
+        "HAS_ALIBI": alibi_slopes is not None,
+    }
+    numbers = (scale, 0 if window is None else window, 1.0 if softcap is None else softcap)
+    cache_strides = (key_cache.stride(0), value_cache.stride(0))
+    strides = (query.stride(0), key.stride(0), value.stride(0), block_tables.stride(0), *cache_strides)
+    # A kernel needs a pointer where a feature is off, too; it is never followed.
+    sinks = query if sinks is None else sinks
+    alibi_slopes = query if alibi_slopes is None else alibi_slopes
+
+    if not plan.decode:
+        write_cache[(tokens,)](
+            key, value, key_cache, value_cache, slot_mapping, query_start, output, sequences,
+            key.stride(0), value.stride(0), *cache_strides,
+            KV_HEADS=kv_heads, HEADS=heads, PADDED_HEADS=triton.next_power_of_2(kv_heads),
+            PADDED_OUTPUT=triton.next_power_of_2(heads * dv), **sizes,
+        )  # fmt: skip
+    short_tokens = plan.short.block_m // groups
+    rows = tokens if plan.decode else sequences * short_tokens
+    partial_sums = partial_stats = output
+    if plan.splits > 1:
+        partial_sums = query.new_empty(plan.splits, rows, heads, dv, dtype=torch.float32)
+        partial_stats = query.new_empty(2, plan.splits, rows, heads, dtype=torch.float32)
+    attend_short[(kv_heads, sequences, plan.splits)](
+        query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes,
+        output, partial_sums, partial_stats, sequences, rows, *strides, *numbers,
+        BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits, DECODE=plan.decode,
+        num_warps=plan.short.num_warps, num_stages=plan.short.num_stages, **sizes, **features,
+    )  # fmt: skip
+    if plan.splits > 1:
+        merge_splits[(heads, rows)](
+            partial_sums, partial_stats, query_start, output, sequences, rows,
+            HEADS=heads, DV=dv, PADDED_DV=padded_dv, BLOCK_Q=short_tokens,
+            SPLITS=plan.splits, PADDED_SPLITS=triton.next_power_of_2(plan.splits), DECODE=plan.decode,
+        )  # fmt: skip
+    if not plan.decode:
+        long_tokens = plan.long.block_m // groups
+        attend_long[(kv_heads, tokens // long_tokens + sequences)](
+            query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes, output, sequences,
+            query.stride(0), block_tables.stride(0), *cache_strides, *numbers,
+            BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
+            PADDED_SEQUENCES=triton.next_power_of_2(sequences), SHORT=short_tokens,
+            num_warps=plan.long.num_warps, num_stages=plan.long.num_stages, **sizes, **features,
+        )  # fmt: skip
+    return output

@@ -1,0 +1,171 @@
+"""The GPU's paged attention against the op's reference in float64: on a GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from enginery.errors import UnsupportedError
+from enginery.ops.paged_attention import paged_attention_reference
+
+from .triton_device import DEVICE, kernels_for_device
+
+with kernels_for_device():
+    from enginery.kernels.triton import paged_attention as kernels
+
+BLOCK = 16
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences as (cached, new) token counts; the rest is the shape and the features of the call."""
+
+    sequences: tuple[tuple[int, int], ...]
+    heads: int = 4
+    kv_heads: int = 2
+    dk: int = 16
+    dv: int = 16
+    dtype: torch.dtype = torch.float32
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    alibi: bool = False
+    padding: int = 0
+    empty: int = 0
+
+
+def build(case: Case, seed: int) -> tuple[tuple[torch.Tensor, ...], dict]:
+    """The call's tensors; pages are scattered and hold NaN where nothing was written."""
+    torch.manual_seed(seed)
+    cached, new = zip(*case.sequences, strict=True)
+    width = max(-(-(c + n) // BLOCK) for c, n in case.sequences)
+    pages = list(range(1, 1 + width * len(new)))
+    random.Random(seed).shuffle(pages)
+    tables = torch.tensor(pages, dtype=torch.int32).view(len(new), width)
+    key_cache = torch.full((len(pages) + 1, case.kv_heads, BLOCK, case.dk), torch.nan, dtype=case.dtype)
+    value_cache = torch.full((len(pages) + 1, case.kv_heads, BLOCK, case.dv), torch.nan, dtype=case.dtype)
+    slots = []
+    for table, past, fresh in zip(tables, cached, new, strict=True):
+        places = [int(table[p // BLOCK]) * BLOCK + p % BLOCK for p in range(past + fresh)]
+        for place in places[:past]:
+            key_cache[place // BLOCK, :, place % BLOCK] = torch.randn(case.kv_heads, case.dk)
+            value_cache[place // BLOCK, :, place % BLOCK] = torch.randn(case.kv_heads, case.dv)
+        slots += places[past:]
+    tokens = sum(new) + case.padding
+    slot_mapping = torch.tensor(slots + [-1] * case.padding, dtype=torch.int64)
+    query_start = torch.tensor([0, *new, *[0] * case.empty]).cumsum(0).int()
+    seq_lens = torch.tensor([c + n for c, n in case.sequences] + [0] * case.empty).int()
+    tables = torch.cat([tables, tables.new_zeros(case.empty, width)])
+    # A slice of a fused projection: the stride between tokens is larger than a token.
+    fused = torch.randn(tokens, case.heads * case.dk + case.kv_heads * (case.dk + case.dv)).to(case.dtype)
+    parts = fused.split([case.heads * case.dk, case.kv_heads * case.dk, case.kv_heads * case.dv], dim=1)
+    query, key, value = (part.unflatten(1, (-1, d)) for part, d in zip(parts, (case.dk, case.dk, case.dv), strict=True))
+    tensors = (query, key, value, key_cache, value_cache, slot_mapping, tables, query_start, seq_lens)
+    options = {"window": case.window, "softcap": case.softcap}
+    options["sinks"] = torch.randn(case.heads).to(case.dtype).to(DEVICE) if case.sinks else None
+    options["alibi_slopes"] = torch.rand(case.heads).to(DEVICE) if case.alibi else None
+    return tuple(tensor.to(DEVICE) for tensor in tensors), options
+
+
+def check(case: Case, plan: kernels.LaunchPlan | None = None) -> None:
+    tensors, options = build(case, seed=random.SystemRandom().randrange(1 << 30))
+    scale = case.dk**-0.5
+    wide = [tensor.double() if tensor.is_floating_point() else tensor.clone() for tensor in tensors]
+    expected = paged_attention_reference(*wide, scale, **options)
+    actual = kernels.paged_attention(*tensors, scale, **options, plan=plan)
+    assert actual.dtype == case.dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=TOLERANCE[case.dtype] * float(expected.abs().max()))
+    # The caches are copies: equal to the bit, and untouched where nothing belongs.
+    for written, wanted in zip(tensors[3:5], wide[3:5], strict=True):
+        torch.testing.assert_close(written.double(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def plan(splits: int, *, decode: bool, block_n: int = 16) -> kernels.LaunchPlan:
+    return kernels.LaunchPlan(
+        decode, kernels.Tiling(16, block_n, 4, 2), kernels.Tiling(16, block_n, 4, 2), splits
+    )  # fmt: skip
+
+
+DECODE = Case(((37, 1), (0, 1), (64, 1), (15, 1)))
+MIXED = Case(((37, 1), (0, 21), (16, 3), (5, 9)), padding=2)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_splits_of_the_keys_change_nothing(case: Case, splits: int) -> None:
+    check(case, plan(splits, decode=case is DECODE))
+
+
+@pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"window": 20},
+        {"window": 1},
+        {"softcap": 1.5},
+        {"sinks": True},
+        {"alibi": True},
+        {"window": 18, "softcap": 2.0, "sinks": True, "alibi": True},
+    ],
+    ids=["window", "window-1", "softcap", "sinks", "alibi", "all"],
+)
+def test_features(case: Case, features: dict) -> None:
+    check(replace(case, **features), plan(2, decode=case is DECODE))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"heads": 3, "kv_heads": 3},
+        {"heads": 7, "kv_heads": 1},
+        {"heads": 20, "kv_heads": 1},
+        {"dk": 24, "dv": 16},
+        {"dk": 40, "dv": 24},
+    ],
+    ids=["multi-head", "groups-of-7", "multi-query-20", "dk-above-dv", "odd-sizes"],
+)
+def test_shapes(shape: dict) -> None:
+    check(replace(Case(((33, 1), (4, 12))), **shape))
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 192, 256])
+def test_head_sizes(size: int) -> None:
+    check(Case(((18, 1), (3, 6)), heads=2, kv_heads=1, dk=size, dv=min(size, 128)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_half_precision(case: Case, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype))
+
+
+def test_padded_batches_give_zeros_and_leave_the_cache_alone() -> None:
+    check(Case(((17, 1), (3, 1)), padding=2, empty=2))
+    check(Case(((17, 1), (0, 18)), padding=5, empty=3))
+
+
+def test_a_long_chunk_among_empty_sequences_is_still_right() -> None:
+    check(Case(((10, 7), (3, 1)), empty=6))
+
+
+def test_capacity_decides_the_splits() -> None:
+    common = {"kv_heads": 8, "groups": 4, "width": 128, "itemsize": 2, "processors": 132}
+    alone = kernels.plan_launch(1, 1, 8192, **common)
+    crowd = kernels.plan_launch(256, 256, 8192, **common)
+    mixed = kernels.plan_launch(900, 5, 8192, **common)
+    assert (alone.splits, crowd.splits) == (32, 1)
+    assert alone.launches == ("attend_short", "merge_splits")
+    assert crowd.launches == ("attend_short",)
+    assert mixed.launches == ("write_cache", "attend_short", "merge_splits", "attend_long")
+    assert kernels.plan_launch(1, 1, 32, **common).splits == 1
+
+
+def test_a_cache_in_another_layout_is_refused() -> None:
+    tensors, options = build(DECODE, seed=1)
+    tensors = (*tensors[:3], tensors[3].transpose(1, 2).contiguous().transpose(1, 2), *tensors[4:])
+    with pytest.raises(UnsupportedError, match="key_cache is not contiguous"):
+        kernels.paged_attention(*tensors, 0.25, **options)

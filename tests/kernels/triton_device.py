@@ -1,0 +1,72 @@
+"""Where Triton kernels run in tests: on the GPU if there is one, otherwise in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def kernels_for_device() -> Iterator[None]:
+    """Import kernels inside: without a GPU, they are decorated for the interpreter. The environment is as before afterwards."""
+    if DEVICE.type == "cuda":
+        yield
+        return
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        _interpret_library()
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def _interpret_library() -> None:
+    """Makes Triton's own functions (`tl.sum`, ...) interpretable, whoever imported Triton before."""
+    import triton.experimental.gluon  # the interpreter imports it at the first call otherwise, with the environment gone
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
+
+    for module in (tl, tl.standard, tl.core):
+        for name, function in list(vars(module).items()):
+            if isinstance(function, JITFunction):
+                setattr(module, name, interpreter.InterpretedFunction(function.fn))
+
+    if not hasattr(interpreter, "_mended"):
+        interpreter._mended = True
+        _mend(interpreter)
+
+
+def _mend(interpreter) -> None:
+    """NumPy 2.4 no longer turns `[1]` arrays into indices, and the interpreter multiplies bfloat16 matrices as if integers."""
+    patch_tensor = interpreter._patch_lang_tensor
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def patch_tensor_and_index(tensor, scope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def widen(handle):
+        if handle.dtype != triton.language.bfloat16:
+            return handle
+        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, triton.language.float32)
+
+    def create_wide_dot(self, left, right, *rest):
+        return create_dot(self, widen(left), widen(right), *rest)
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+    interpreter.InterpreterBuilder.create_dot = create_wide_dot
