@@ -11,7 +11,9 @@ where a sympy expression costs a hundred.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Union
+from typing import Any, Union
+
+from enginery.errors import NetworkError
 
 Size = Union[int, "Dim"]
 Atom = Union[str, tuple[str, Size, Size]]
@@ -44,7 +46,19 @@ class Dim:
             return quotient if function == "//" else 0
         return Dim({((function, left, right),): 1})
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        """Makes torch accept a Dim where it wants a size, as in `torch.reshape(x, (tokens, 4))`; the tensor does the rest."""
+        if all(issubclass(kind, Dim) for kind in types):
+            name = getattr(function, "__name__", str(function))
+            raise NetworkError(
+                f"{name} of a symbolic size names no network", "Use Network.call, or a method such as x.new_full"
+            )
+        return NotImplemented
+
     def __add__(self, other: Size) -> Size:
+        if not isinstance(other, (int, Dim)):
+            return NotImplemented
         terms = dict(self.terms)
         for product, factor in _terms(other):
             terms[product] = terms.get(product, 0) + factor
@@ -53,6 +67,8 @@ class Dim:
     def __mul__(self, other: Size) -> Size:
         if isinstance(other, int):
             return _normal({product: factor * other for product, factor in self.terms.items()})
+        if not isinstance(other, Dim):
+            return NotImplemented
         terms: dict[tuple[Atom, ...], int] = {}
         for left, a in self.terms.items():
             for right, b in other.terms.items():
@@ -91,13 +107,23 @@ class Dim:
         return True
 
     def __repr__(self) -> str:
-        parts = []
+        text = ""
         for product, factor in sorted(self.terms.items(), key=lambda term: (-len(term[0]), str(term[0]))):
             factors = [_atom_text(atom) for atom in product]
-            if factor != 1 or not factors:
-                factors.insert(0, str(factor))
-            parts.append("*".join(factors))
-        return " + ".join(parts)
+            if abs(factor) != 1 or not factors:
+                factors.insert(0, str(abs(factor)))
+            sign = (" - " if text else "-") if factor < 0 else (" + " if text else "")
+            text += sign + "*".join(factors)
+        return text
+
+    @property
+    def name(self) -> str | None:
+        """The name of a plain symbol; None for any other size."""
+        if len(self.terms) == 1:
+            ((product, factor),) = self.terms.items()
+            if factor == 1 and len(product) == 1 and isinstance(product[0], str):
+                return product[0]
+        return None
 
     @property
     def symbols(self) -> frozenset[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from enginery.network.operator import Operator, operator_name, signature
+from enginery.network.operator import Operator, draws, operator_name, signature
 from enginery.network.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ class Layer:
 
     @property
     def has_effects(self) -> bool:
-        return signature(self.op).has_effects
+        """It writes to an argument or draws random numbers: it may not be moved, merged or removed."""
+        known = signature(self.op)
+        return known.has_effects and (bool(known.written) or draws(self.op, self._args))
 
     @property
     def is_constant(self) -> bool:
@@ -114,7 +116,9 @@ class Layer:
         pending = [self]
         while pending:
             layer = pending.pop()
-            constant = not layer.has_effects and all(tensor.is_constant for tensor in tensors_in(layer._args))
+            constant = not (signature(layer.op).has_effects and layer.has_effects) and all(
+                tensor.is_constant for tensor in tensors_in(layer._args)
+            )
             if layer.outputs and layer.outputs[0].is_constant != constant:
                 for output in layer.outputs:
                     output.is_constant = constant

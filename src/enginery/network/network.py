@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from enginery.errors import NetworkError
+from enginery.network import fx, interpreter
 from enginery.network.dim import Size
 from enginery.network.layer import Layer, Provenance
 from enginery.network.operator import Operator, signature
@@ -38,6 +39,38 @@ class Network:
         self._provenance: Provenance | None = None
         self._module_path = ""
         self.values: dict[str, torch.Tensor] = {}
+        self.ranges: dict[str, tuple[int, int | None]] = {}
+        """least and greatest value of each symbolic size, both included; None: no bound"""
+
+    # Borders
+
+    @classmethod
+    def from_module(
+        cls, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None
+    ) -> Network:
+        """The network of `module(*args, **kwargs)`, by torch.export; the module may be on the meta device.
+
+        Parameters and buffers become constants under their qualified names (shared ones become one), small tables that the
+        model computed keep their values. `dynamic_shapes` is as in torch.export; the names of its Dims become the names of
+        the symbolic sizes. Raises NetworkError where the module has no form as a network, naming the construct.
+        """
+        network = cls()
+        fx.import_module(network, module, args, kwargs, dynamic_shapes)
+        return network
+
+    @classmethod
+    def from_exported_program(cls, program: torch.export.ExportedProgram, dynamic_shapes: Any = None) -> Network:
+        """As `from_module`, of a program that torch.export gave (before decomposition)."""
+        network = cls()
+        fx.import_program(network, program, dynamic_shapes)
+        return network
+
+    def to_graph_module(self, device: torch.device | None = None) -> torch.fx.GraphModule:
+        """A GraphModule whose placeholders are the inputs, then the constants; it returns a tuple of the outputs.
+
+        Symbolic sizes are read off the inputs' shapes once. New tensors (arange, zeros, …) are made on `device`.
+        """
+        return fx.to_graph_module(self, device)
 
     # Reading
 
@@ -124,8 +157,7 @@ class Network:
         Shapes and dtypes are known at once. Raises NetworkError if the arguments do not fit the operator.
         """
         layer = self.add_layer(op, signature(op).normalise(args, kwargs), name=name)
-        single = len(layer.outputs) == 1 and signature(op).returns == ("Tensor",)
-        return layer.output if single else layer.outputs
+        return layer.outputs[0] if signature(op).is_single else layer.outputs
 
     def add_layer(
         self,
@@ -139,7 +171,7 @@ class Network:
         if types is None:
             types = infer_types(op, args)
         if name is None:
-            name = op._schema.name.partition("::")[2]
+            name = signature(op).short_name
             name = f"{self._module_path}.{name}" if self._module_path else name
         layer = Layer(self, self._claim(name), op, args)
         layer.module_path = self._module_path
@@ -153,6 +185,19 @@ class Network:
         self._link_before(layer, self._cursor)
         self._layers[layer.name] = layer
         return layer
+
+    def __call__(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Runs the network by references. Inputs in order or by name, constants by name; one output comes bare."""
+        order = [tensor.name for tensor in self.inputs]
+        values = [*inputs, *(named.pop(name) for name in order[len(inputs) :] if name in named)]
+        outputs = interpreter.run(self, values, named)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def run(
+        self, inputs: Sequence[torch.Tensor], constants: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Runs the network by references. `constants` by name; those in `values` need not be given."""
+        return interpreter.run(self, inputs, constants or {})
 
     def erase(self, layer: Layer) -> None:
         """Removes a layer that nobody reads. Raises NetworkError otherwise."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from enginery.errors import NetworkError
+from enginery.network.dim import Dim
 
 Operator = torch._ops.OpOverload
 
@@ -26,25 +29,54 @@ class Signature:
     """positions of arguments that the call writes to"""
     random: bool
     returns: tuple[str, ...]
+    return_names: tuple[str, ...]
+    """of several outputs, such as `values` and `indices`; empty where the schema gives none"""
+    short_name: str
+    """`linear` of `aten::linear`"""
+    lists: tuple[int, ...]
+    """positions of arguments that are lists"""
+    floats: tuple[int, ...]
+    """positions of arguments that are floats"""
+    has_effects: bool
+    """Some call of it writes to an argument or draws random numbers."""
+    index: Mapping[str, int]
+    """position of each argument by its name"""
 
     @property
-    def has_effects(self) -> bool:
-        """The call writes to an argument or draws random numbers: it may not be moved, merged or removed."""
-        return bool(self.written) or self.random
+    def is_single(self) -> bool:
+        """The call has exactly one output, whatever its arguments."""
+        return self.returns == ("Tensor",)
 
-    def normalise(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        """All arguments in schema order, defaults filled in, lists as tuples."""
-        if len(args) > len(self.names):
-            raise NetworkError(f"{len(args)} arguments given where the schema has {len(self.names)}")
-        values = [*args, *self.defaults[len(args) :]]
+    def normalise(self, args: Sequence[Any], kwargs: Mapping[str, Any], missing: Any = None) -> tuple:
+        """All arguments in schema order, defaults filled in, lists as tuples, numbers as floats where a float is meant.
+
+        A required argument that is not given becomes `missing`; without it, it is an error.
+        """
+        count = len(args)
+        if count > len(self.names):
+            raise NetworkError(f"{self.short_name}: {count} arguments given where the schema has {len(self.names)}")
+        values = [*args, *self.defaults[count:]]
         for name, value in kwargs.items():
-            if name not in self.names:
-                raise NetworkError(f"no argument named {name!r}; the schema has {', '.join(self.names)}")
-            values[self.names.index(name)] = value
-        for name, value in zip(self.names, values, strict=True):
-            if value is REQUIRED:
-                raise NetworkError(f"argument {name!r} is missing")
-        return tuple(freeze(value) for value in values)
+            place = self.index.get(name)
+            if place is None:
+                raise NetworkError(
+                    f"{self.short_name}: no argument is named {name!r}", f"Its arguments are: {', '.join(self.names)}"
+                )
+            if place < count:
+                raise NetworkError(f"{self.short_name}: argument {name!r} is given twice")
+            values[place] = value
+        for place in self.lists:
+            value = values[place]
+            if type(value) is not tuple or value:
+                values[place] = (value,) if isinstance(value, (int, Dim)) else freeze(value)
+        for place in self.floats:
+            if type(values[place]) is int:
+                values[place] = float(values[place])
+        if REQUIRED in values:
+            if missing is None:
+                raise NetworkError(f"{self.short_name}: argument {self.names[values.index(REQUIRED)]!r} is missing")
+            values = [missing if value is REQUIRED else value for value in values]
+        return tuple(values)
 
 
 class _Required:
@@ -64,17 +96,39 @@ def freeze(value: Any) -> Any:
 def signature(op: Operator) -> Signature:
     schema = op._schema
     arguments = schema.arguments
+    types = tuple(str(argument.real_type) for argument in arguments)
+    written = frozenset(
+        i for i, argument in enumerate(arguments) if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    random = torch.Tag.nondeterministic_seeded in op.tags
+    names = tuple(argument.name for argument in arguments)
     return Signature(
-        names=tuple(argument.name for argument in arguments),
+        names=names,
         defaults=tuple(
             freeze(argument.default_value) if argument.has_default_value() else REQUIRED for argument in arguments
         ),
-        types=tuple(str(argument.type) for argument in arguments),
+        types=types,
         keyword_only=frozenset(i for i, argument in enumerate(arguments) if argument.kwarg_only),
-        written=frozenset(i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write),
-        random=torch.Tag.nondeterministic_seeded in op.tags,
+        written=written,
+        random=random,
         returns=tuple(str(item.type) for item in schema.returns),
+        return_names=tuple(item.name for item in schema.returns if item.name) if len(schema.returns) > 1 else (),
+        short_name=schema.name.partition("::")[2],
+        lists=tuple(i for i, text in enumerate(types) if "List[" in text),
+        floats=tuple(i for i, text in enumerate(types) if text in ("float", "Optional[float]")),
+        has_effects=bool(written) or random,
+        index=MappingProxyType({name: i for i, name in enumerate(names)}),
     )
+
+
+def draws(op: Operator, args: tuple) -> bool:
+    """A call of an operator that may draw random numbers does: dropout does not at inference or with probability 0."""
+    known = signature(op)
+    if "dropout_p" in known.index:
+        return args[known.index["dropout_p"]] != 0.0
+    if "train" in known.index and "p" in known.index:
+        return bool(args[known.index["train"]]) and args[known.index["p"]] != 0.0
+    return known.random
 
 
 def operator_name(op: Operator) -> str:

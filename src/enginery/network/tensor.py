@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from enginery.errors import NetworkError
 from enginery.network.dim import Size
+from enginery.network.functions import resolve
+from enginery.network.methods import TensorMethods
+from enginery.network.operator import signature
 
 if TYPE_CHECKING:
     from enginery.network.layer import Layer
     from enginery.network.network import Network
 
 
-class Tensor:
-    """Made by a network only (`add_input`, `add_constant`, `call`), never by hand."""
+class Tensor(TensorMethods):
+    """Made by a network only (`add_input`, `add_constant`, `call`), never by hand.
+
+    PyTorch over Tensors (functions, methods, operators, `torch.ops`) appends calls to their network.
+    """
 
     __slots__ = ("_uses", "dtype", "index", "is_constant", "name", "network", "output_names", "parent", "shape")
 
@@ -54,6 +62,32 @@ class Tensor:
     def rank(self) -> int:
         return len(self.shape)
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> Size:
+        total: Size = 1
+        for size in self.shape:
+            total = size * total
+        return total
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        op, values = resolve(function, args, kwargs)
+        outputs = _network_of(values).add_layer(op, values).outputs
+        known = signature(op)
+        return outputs[0] if known.is_single else outputs
+
     def replace_all_uses_with(self, other: Tensor) -> None:
         """Every layer and every network output that reads this value reads `other` instead.
 
@@ -70,3 +104,14 @@ class Tensor:
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.shape))
         return f"%{self.name}: {str(self.dtype).removeprefix('torch.')}[{shape}]"
+
+
+def _network_of(values: tuple) -> Network:
+    for value in values:
+        if type(value) is Tensor:
+            return value.network
+        if type(value) is tuple:
+            for item in value:
+                if type(item) is Tensor:
+                    return item.network
+    raise NetworkError("a call without a tensor names no network", "Use Network.call")
