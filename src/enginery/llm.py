@@ -1,0 +1,259 @@
+"""`LLM`: the composition root, the one place that wires checkpoint, frontend, builder and session together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from enginery import env
+from enginery.checkpoint.bounded_json import read_json
+from enginery.checkpoint.checkpoint import Checkpoint
+from enginery.checkpoint.tokenizer import Tokenizer
+from enginery.engine.artifact import is_engine
+from enginery.engine.builder import build as build_network
+from enginery.engine.config import BuildConfig
+from enginery.engine.engine import Engine
+from enginery.errors import RequestError, UsageError
+from enginery.frontends.huggingface import import_checkpoint
+from enginery.runtime.outputs import RequestOutput
+from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from enginery.runtime.session import Session, SessionConfig
+from enginery.runtime.stats import SessionStats
+
+BUNDLED_MODEL = Path(__file__).parent / "models" / "enginery-5m"
+CARRIED_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+"""files of a checkpoint that its engine needs beside the network and the weights"""
+
+Prompt = str | Mapping[str, Any] | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+Params = SamplingParams | BeamSearchParams
+Progress = Callable[[str, int, int], None]
+"""stage, done, total (0: unknown)"""
+
+
+def build(
+    model: str | Path | None = None,
+    *,
+    output: str | Path | None = None,
+    config: BuildConfig | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Engine:
+    """Builds the engine of a checkpoint and opens it.
+
+    Args:
+        model: checkpoint directory or hub id; None: the bundled model.
+        output: directory of the engine, replaced atomically at the end; None: the cache, keyed by the content of the
+            checkpoint and the configuration, where a former build is found again.
+        config, settings: a `BuildConfig`, or its fields.
+    """
+    config = dataclasses.replace(config or BuildConfig(), **settings)
+    checkpoint = Checkpoint.open(BUNDLED_MODEL if model is None else model)
+    directory = Path(output) if output is not None else _cached(checkpoint, config)
+    if output is None and is_engine(directory):
+        return Engine.load(directory, config, progress=progress)
+    imported = import_checkpoint(checkpoint, dtype=config.dtype)
+    carried = [path for name in CARRIED_FILES if (path := checkpoint.directory / name).is_file()]
+    return build_network(imported, checkpoint.read, config, directory, carry=carried, progress=progress)
+
+
+def _cached(checkpoint: Checkpoint, config: BuildConfig) -> Path:
+    from enginery import __version__
+
+    key = json.dumps([__version__, checkpoint.digest(), config.cache_key()]).encode()
+    return env.cache_dir() / "engines" / f"{checkpoint.directory.name}-{hashlib.sha256(key).hexdigest()[:16]}"
+
+
+class LLM:
+    """A language model that is ready to generate.
+
+    Args:
+        model: engine directory, checkpoint directory or hub id; None: the bundled model. A checkpoint is built on first use
+            into the cache.
+        dtype: "auto" (that of the checkpoint), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu" or "cuda".
+        max_model_len: longest sequence in tokens; None: that of the model, or what memory allows.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: new tokens of one step, over all sequences.
+        kv_cache_memory: bytes of the KV cache; None: what is free, within reason.
+        backend: "compiled", or "eager": no compilation, slow, the reference.
+        disabled_rules: rewrite rules to switch off, by name.
+        rules: rewrite rules of your own, applied in a phase of their own.
+        prefix_caching: reuse the keys and values of equal prefixes.
+        seed: of requests that have none.
+        progress: called with (stage, done, total) during long work.
+
+    Not thread-safe; use one per thread, or the session's `add` and `step` from one loop.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int | None = None,
+        kv_cache_memory: int | None = None,
+        backend: str = "compiled",
+        disabled_rules: Sequence[str] = (),
+        rules: Sequence[Any] = (),
+        prefix_caching: bool = True,
+        trust_engine_code: bool = False,
+        seed: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        config = BuildConfig(
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_memory=kv_cache_memory,
+            backend=backend,
+            disabled_rules=tuple(disabled_rules),
+            rules=tuple(rules),
+        )
+        if model is not None and is_engine(Path(model)):
+            self.engine = Engine.load(Path(model), config, trust_engine_code=trust_engine_code, progress=progress)
+        else:
+            self.engine = build(model, config=config, progress=progress)
+        directory = self.engine.directory
+        self.tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").is_file() else None
+        eos = self.engine.facts.eos_token_ids
+        session = SessionConfig(eos_token_ids=eos, prefix_caching=prefix_caching, seed=seed)
+        self.session = Session(self.engine, self.tokenizer, session)
+        self.default_params = _default_params(directory)
+
+    # Generating
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] | None = None
+    ) -> list[RequestOutput]:
+        """Completes one prompt or many, together in one batch, and returns their outputs in order.
+
+        Args:
+            prompts: text, token ids, or `{"prompt": ...}` / `{"prompt_token_ids": [...]}`, or a list of those.
+            params: one for all, or one for each prompt; None: those of the model's generation_config.json.
+
+        Raises:
+            RequestError: a prompt or its parameters are invalid; no request of the call is run.
+        """
+        listed = [prompts] if _is_single(prompts) else list(prompts)  # type: ignore[arg-type]
+        return self._finish([self._read_prompt(prompt) for prompt in listed], params)
+
+    def chat(
+        self, messages: Messages | Sequence[Messages], params: Params | Sequence[Params] | None = None, **template: Any
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or a list of them. `template` goes to the chat template."""
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        return self._finish([self._read_chat(conversation, template) for conversation in conversations], params)  # type: ignore[arg-type]
+
+    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yields one output a step, with the text and tokens that are new since the last one.
+
+        A list of messages is answered as a chat. Closing the iterator cancels the request.
+        """
+        conversation = isinstance(prompt, Sequence) and not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
+        text, ids = self._read_chat(prompt, {}) if conversation else self._read_prompt(prompt)  # type: ignore[arg-type]
+        params = dataclasses.replace(params or self.default_params, output_kind=RequestOutputKind.DELTA)
+        return self._stream(self.session.add(ids, params, prompt=text))
+
+    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
+        finished = False
+        try:
+            while not finished:
+                for output in self.session.step():
+                    if output.request_id == request_id:
+                        finished = output.finished
+                        yield output
+        finally:
+            if not finished:
+                self.session.cancel(request_id)
+
+    def _finish(
+        self, prompts: list[tuple[str | None, list[int]]], params: Params | Sequence[Params] | None
+    ) -> list[RequestOutput]:
+        each = list(params) if isinstance(params, Sequence) else [params or self.default_params] * len(prompts)
+        if len(each) != len(prompts):
+            raise UsageError(f"{len(each)} params for {len(prompts)} prompts", "Give one for all or one for each")
+        ids: list[str] = []
+        try:
+            for (text, tokens), wanted in zip(prompts, each, strict=True):
+                ids.append(self.session.add(tokens, _final_only(wanted), prompt=text))
+            final: dict[str, RequestOutput] = {}
+            while len(final) < len(ids):
+                final.update((output.request_id, output) for output in self.session.step() if output.finished)
+        except BaseException:
+            for request_id in ids:
+                self.session.cancel(request_id)
+            raise
+        return [final[request_id] for request_id in ids]
+
+    # Prompts
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.tokenizer is not None and self.tokenizer.has_chat_template
+
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt", "")
+        if isinstance(prompt, str):
+            return prompt, self._tokenizer().encode(prompt)
+        return None, list(prompt)  # type: ignore[arg-type]
+
+    def _read_chat(self, messages: Messages, template: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        tokenizer = self._tokenizer()
+        return tokenizer.render_chat(messages, **template), tokenizer.apply_chat_template(messages, **template)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError("the model has no tokenizer", "Give token ids: {'prompt_token_ids': [...]}")
+        return self.tokenizer
+
+    # Life
+
+    def metrics(self) -> SessionStats:
+        """Counters since the start and the state of the KV memory now."""
+        return self.session.stats()
+
+    def close(self) -> None:
+        """Cancels what runs and frees the engine."""
+        self.session.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, (str, Mapping)) or (bool(prompts) and isinstance(prompts[0], int))
+
+
+def _final_only(params: Params) -> Params:
+    if isinstance(params, BeamSearchParams):
+        return params
+    return dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def _default_params(directory: Path) -> SamplingParams:
+    """What the model's authors recommend in generation_config.json; greedy where they do not sample."""
+    path = directory / "generation_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not config.get("do_sample", False):
+        return SamplingParams(temperature=0.0, max_tokens=None)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return SamplingParams(max_tokens=None, **{name: config[name] for name in names if config.get(name) is not None})
