@@ -9,6 +9,7 @@
     │   ├── NetworkError                    a network's text or structure is invalid
     │   └── EngineFileError                 an engine directory
     ├── ResourceError              exit 4   memory, disk or device is too small
+    │   └── QueueFullError                  too many requests are waiting; try again later
     └── EngineError                exit 5   a build or a step failed
         ├── BuildError
         ├── RewriteError                    carries .rule and .layer
@@ -62,6 +63,10 @@ class EngineFileError(CorruptError):
 
 class ResourceError(EngineryError):
     exit_code = 4
+
+
+class QueueFullError(ResourceError):
+    pass
 
 
 class EngineError(EngineryError):

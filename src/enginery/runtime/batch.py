@@ -1,4 +1,5 @@
-"""Turns a schedule into the arrays of a step. Rows of running sequences are kept between steps, so a decode step costs a few gathers."""
+"""Turns a schedule into the arrays of a step. Rows of running sequences are kept between steps, so a decode step costs
+a few gathers."""
 
 from __future__ import annotations
 
@@ -209,7 +210,8 @@ def _is_special(item: Scheduled) -> bool:
 
 
 def _uniform(seeds: np.ndarray, choices: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Uniform in [0, 1), a function of (seed, choice, position) alone: SplitMix64's finaliser over a chain of the three."""
+    """Uniform in [0, 1), a function of (seed, choice, position) alone: SplitMix64's finaliser over a chain of the
+    three."""
     with np.errstate(over="ignore"):
         state = _mix(_mix(_mix(seeds) + choices.astype(np.uint64)) + positions)
     return (state >> _UNTIL_53_BITS).astype(np.float64) * 2.0**-53

@@ -1,8 +1,9 @@
 """Beam search over the sequences of one request.
 
-The search is that of transformers: of the best continuations of all live beams, those that end are kept as hypotheses if they are among the
-`beam_width` best, and the best `beam_width` others live on. A hypothesis scores cumulative logprob / generated length ** length_penalty.
-Beams need not be computed in the same step: each hands in its candidates, and the search advances when all have.
+The search is that of transformers: of the best continuations of all live beams, those that end are kept as hypotheses
+if they are among the `beam_width` best, and the best `beam_width` others live on. A hypothesis scores cumulative
+logprob / generated length ** length_penalty. Beams need not be computed in the same step: each hands in its
+candidates, and the search advances when all have.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Continuation:
 
 
 def num_candidates(width: int, num_stop_tokens: int) -> int:
-    """Continuations to look at, so that `width` live ones remain even if every beam may end in each of its stop tokens."""
+    """Continuations to look at, so that `width` live ones remain even if every beam may end in each of its stop
+    tokens."""
     return width * max(2, 1 + num_stop_tokens)
 
 
@@ -57,7 +59,8 @@ class BeamSearch:
         return len(self._candidates) == len(self._request.sequences)
 
     def advance(self) -> list[Continuation]:
-        """Takes all candidates, files finished hypotheses, and returns the beams that live on, best first; none when done."""
+        """Takes all candidates, files finished hypotheses, and returns the beams that live on, best first; none when
+        done."""
         continuations = self._best_continuations()
         length = len(continuations[0].parent.token_ids) - self._request.num_prompt_tokens + 1
         at_end = length >= self._request.max_tokens

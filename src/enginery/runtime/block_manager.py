@@ -1,7 +1,7 @@
 """KV blocks: who owns which, which are free, which freed ones can still be hit.
 
-A block is a number; its memory lives in the engine. A block is owned by as many sequences as its reference count says. A freed
-block that the prefix cache knows keeps its content until it is reused, least recently freed first.
+A block is a number; its memory lives in the engine. A block is owned by as many sequences as its reference count says.
+A freed block that the prefix cache knows keeps its content until it is reused, least recently freed first.
 """
 
 from __future__ import annotations

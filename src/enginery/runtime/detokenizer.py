@@ -1,4 +1,5 @@
-"""Token ids to text, as they come: no character is split, none is shown before it is certain, nothing is decoded twice over."""
+"""Token ids to text, as they come: no character is split, none is shown before it is certain, nothing is decoded twice
+over."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from typing import Protocol
 
 _UNKNOWN = "\ufffd"
 _MAX_HELD = 3
-"""Undecided characters at the end: a UTF-8 character may lack up to three bytes, and some decoders show one mark per byte."""
+"""Undecided characters at the end: a UTF-8 character may lack up to three bytes, and some decoders show one mark per
+byte."""
 _WINDOW = 16
 """Tokens after which the window moves up."""
 _MAX_WINDOW = 64
@@ -24,9 +26,9 @@ class Tokenizer(Protocol):
 class Detokenizer:
     """The text of one growing sequence.
 
-    A window of the last tokens is decoded at each push, never the whole: its text minus what was shown is new. The window starts at a
-    token where the text was at rest (no character pending), and keeps earlier tokens in front of the new one, because decoders treat
-    the first token specially (leading spaces).
+    A window of the last tokens is decoded at each push, never the whole: its text minus what was shown is new. The
+    window starts at a token where the text was at rest (no character pending), and keeps earlier tokens in front of
+    the new one, because decoders treat the first token specially (leading spaces).
     """
 
     __slots__ = ("_decode", "_is_at_rest", "_rest", "_shown", "_skip", "_window")

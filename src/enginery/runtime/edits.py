@@ -1,4 +1,5 @@
-"""Changes to single logits: biases, bans and penalties, gathered over a batch into flat arrays. Rows without any cost nothing."""
+"""Changes to single logits: biases, bans and penalties, gathered over a batch into flat arrays. Rows without any cost
+nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ _BANNED = -np.inf
 
 @dataclass(frozen=True, slots=True)
 class LogitsEdits:
-    """First `logits[row, token] += offset`, entries may repeat. Then, for each (row, token) once: the repetition penalty
-    (`x / r if x > 0 else x * r`) and `-= reduction`, the presence and frequency penalties."""
+    """First `logits[row, token] += offset`, entries may repeat. Then, for each (row, token) once: the repetition
+    penalty (`x / r if x > 0 else x * r`) and `-= reduction`, the presence and frequency penalties."""
 
     bias_rows: np.ndarray
     bias_tokens: np.ndarray

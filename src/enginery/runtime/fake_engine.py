@@ -1,8 +1,8 @@
 """A deterministic engine without a model: it keeps token ids where an engine keeps keys and values.
 
-Each step writes the new tokens to the slots it is given and reads every sequence's whole context back through the block tables. The logits
-are a hash of that context, so a wrong slot, table, position, copy or reused block changes what is generated; reading a slot that was never
-written, or that holds another position's token, raises.
+Each step writes the new tokens to the slots it is given and reads every sequence's whole context back through the
+block tables. The logits are a hash of that context, so a wrong slot, table, position, copy or reused block changes
+what is generated; reading a slot that was never written, or that holds another position's token, raises.
 """
 
 from __future__ import annotations

@@ -118,6 +118,7 @@ class Intake:
             raise RequestError("stop and bad_words need a tokenizer", "Use stop_token_ids and logit_bias")
         request.num_choices = params.n
         request.wants_prompt_logprobs = params.prompt_logprobs is not None
+        request.reads_prefix_cache = not (request.wants_prompt_logprobs or params.skip_reading_prefix_cache)
         if request.wants_prompt_logprobs:
             request.prompt_logprobs = [None] * request.num_prompt_tokens
         if params.logit_bias:

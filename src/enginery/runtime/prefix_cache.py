@@ -1,8 +1,8 @@
 """Finds KV blocks that already hold the beginning of a sequence.
 
-A full block is known by a digest of everything that its content depends on: the digest of the block before it, its tokens, and for
-the first block the request's salt and adapter. The digest is keyed with a secret of the process, so a caller cannot search for
-collisions; tokens and parent are compared on a hit all the same.
+A full block is known by a digest of everything that its content depends on: the digest of the block before it, its
+tokens, and for the first block the request's salt and adapter. The digest is keyed with a secret of the process, so a
+caller cannot search for collisions; tokens and parent are compared on a hit all the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class _Entry:
 
 
 class PrefixCache:
-    """Content of full blocks, of owned and of freed ones, until they are reused. O(blocks of the request) per lookup."""
+    """Content of full blocks, of owned and of freed ones, until they are reused. O(blocks of the request) per
+    lookup."""
 
     def __init__(self, blocks: BlockManager, *, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -50,7 +51,8 @@ class PrefixCache:
         return self._hash(parent + pack(f"<{len(tokens)}q", *tokens))
 
     def match(self, root: bytes, tokens: TokenSequence[int], max_tokens: int) -> tuple[list[int], list[bytes]]:
-        """Blocks, and their digests, that hold the longest known prefix of `tokens[:max_tokens]`. Takes no ownership."""
+        """Blocks, and their digests, that hold the longest known prefix of `tokens[:max_tokens]`. Takes no
+        ownership."""
         size = self._blocks.block_size
         found: list[int] = []
         digests: list[bytes] = []
@@ -68,7 +70,8 @@ class PrefixCache:
         return found, digests
 
     def publish(self, parent: bytes, tokens: TokenSequence[int], block: int) -> bytes:
-        """Makes a full, computed, owned block findable and returns its digest. The first block of a content stays the known one."""
+        """Makes a full, computed, owned block findable and returns its digest. The first block of a content stays the
+        known one."""
         digest = self.digest(parent, tokens)
         if digest not in self._entries and block not in self._digest_of:
             self._entries[digest] = _Entry(block, parent, tuple(tokens))

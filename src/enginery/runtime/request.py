@@ -18,7 +18,8 @@ class Status(Enum):
     RUNNING = "running"
     """Owns a row of the batch and the blocks of its computed tokens."""
     PARKED = "parked"
-    """A beam whose step is done but whose siblings' is not, and which lost its blocks: nothing to compute, nowhere queued."""
+    """A beam whose step is done but whose siblings' is not, and which lost its blocks: nothing to compute, nowhere
+    queued."""
     FINISHED = "finished"
 
 
@@ -45,6 +46,8 @@ class Request:
     num_beam_candidates: int = 0
     num_beams_made: int = 0
     wants_prompt_logprobs: bool = False
+    reads_prefix_cache: bool = True
+    """Whether the prompt may be taken from the cache; after it was computed once, recomputation may always be."""
     has_edits: bool = False
     """Whether any step changes single logits."""
     bias: tuple[np.ndarray, np.ndarray] | None = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from enginery.runtime.beam_search import BeamSearch, Hypothesis
 from enginery.runtime.detokenizer import Detokenizer, Tokenizer
 from enginery.runtime.outputs import CompletionOutput, FinishReason, RequestOutput
@@ -15,10 +13,11 @@ from enginery.runtime.stop_strings import OutputText, StopStrings
 class Completion:
     """One sequence as the caller sees it. Without a tokenizer it has no text."""
 
-    __slots__ = ("_decoder", "_num_taken", "_sequence", "_text", "_tokenizer", "is_new")
+    __slots__ = ("_decoder", "_num_taken", "_params", "_sequence", "_text", "_tokenizer", "is_new")
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
         self._sequence = sequence
+        self._params = params
         self._tokenizer = tokenizer if params.detokenize else None
         self._num_taken = 0
         self.is_new = False
@@ -41,8 +40,8 @@ class Completion:
             sequence.stop_reason = token_id if token_id in request.params.stop_token_ids else None
         elif num_output >= request.max_tokens:
             sequence.finish_reason = "length"
-        if self._decoder is not None:
-            self._extend_text(token_id, num_output)
+        if self._decoder is not None and self._text is not None:
+            self._extend_text(self._text, self._decoder, token_id, num_output)
 
     def output(self, kind: RequestOutputKind) -> CompletionOutput:
         sequence = self._sequence
@@ -70,11 +69,9 @@ class Completion:
             self._text.add(self._decoder.flush(), may_stop=False)
             self._text.is_final = True
 
-    def _extend_text(self, token_id: int, num_output: int) -> None:
+    def _extend_text(self, text: OutputText, decoder: Detokenizer, token_id: int, num_output: int) -> None:
         sequence = self._sequence
-        params = sequence.request.params
-        text, decoder = self._text, self._decoder
-        assert isinstance(params, SamplingParams) and text is not None and decoder is not None  # noqa: S101 (types)
+        params = self._params
         ends_by_token = sequence.finish_reason == "stop"
         new = "" if ends_by_token and not params.include_stop_str_in_output else decoder.push(token_id)
         if sequence.finish_reason is not None:
@@ -110,6 +107,8 @@ class Response:
         self._completions: dict[Sequence, Completion] = {}
         if isinstance(request.params, BeamSearchParams):
             self.search = BeamSearch(request, request.params)
+        else:
+            self._params = request.params
 
     def accept(self, sequence: Sequence, token_id: int) -> None:
         self._completion(sequence).accept(token_id)
@@ -121,12 +120,9 @@ class Response:
         if self.search is None:
             self._completion(sequence).close()
 
-    def output(self) -> RequestOutput | None:
+    def output(self, finished: bool) -> RequestOutput | None:
         """What is to be reported after a step; None if nothing is."""
         request = self.request
-        finished = request.is_finished
-        if finished and request.metrics.finished_time is None:
-            request.metrics.finished_time = time.monotonic()
         completions = self._beams(finished) if self.search is not None else self._sampled(finished)
         if not completions:
             return None
@@ -144,14 +140,11 @@ class Response:
     def _completion(self, sequence: Sequence) -> Completion:
         completion = self._completions.get(sequence)
         if completion is None:
-            params = self.request.params
-            assert isinstance(params, SamplingParams)  # noqa: S101 (types)
-            completion = self._completions[sequence] = Completion(sequence, self._tokenizer, params)
+            completion = self._completions[sequence] = Completion(sequence, self._tokenizer, self._params)
         return completion
 
     def _sampled(self, finished: bool) -> list[CompletionOutput]:
-        params = self.request.params
-        kind = params.output_kind if isinstance(params, SamplingParams) else RequestOutputKind.CUMULATIVE
+        kind = self._params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return []
         ordered = [self._completion(sequence) for sequence in self.request.sequences]

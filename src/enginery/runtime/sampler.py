@@ -1,8 +1,8 @@
 """Logits to tokens, for a whole batch at once, each row by its own parameters.
 
-Which token a row gives depends on that row alone: its logits, its parameters and its noise, which is a function of (seed, completion,
-position). A random row is drawn by inverting the cumulative distribution at one uniform number, so a seeded request gives the same tokens
-in any batch. Rows are grouped by how much of the vocabulary must be looked at:
+Which token a row gives depends on that row alone: its logits, its parameters and its noise, which is a function of
+(seed, completion, position). A random row is drawn by inverting the cumulative distribution at one uniform number, so
+a seeded request gives the same tokens in any batch. Rows are grouped by how much of the vocabulary must be looked at:
 
 - greedy: the largest logit;
 - narrow (top_k up to 128, or top_p whose nucleus lies within the 128 most likely tokens): those candidates only;

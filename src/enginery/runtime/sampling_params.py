@@ -35,10 +35,11 @@ class RequestOutputKind(IntEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled. Every field is checked here, before anything is computed or allocated for the request.
+    """How one request is sampled. Every field is checked here, before anything is computed or allocated for the
+    request.
 
-    A temperature of 0 is greedy and ignores top_p, top_k and min_p. The order of processing is vLLM's: logit bias and bans,
-    penalties, temperature, min_p, top_k, top_p. Logprobs are those of the model, before any of it.
+    A temperature of 0 is greedy and ignores top_p, top_k and min_p. The order of processing is vLLM's: logit bias and
+    bans, penalties, temperature, min_p, top_k, top_p. Logprobs are those of the model, before any of it.
 
     Raises:
         RequestError: a field is of the wrong type or out of its range; the message names both.
@@ -52,7 +53,8 @@ class SamplingParams:
     """Keep the k most likely tokens; 0 or -1: all."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or the output (CTRL, arXiv 1909.05858)."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or the output (CTRL, arXiv
+    1909.05858)."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
@@ -74,6 +76,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     detokenize: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    skip_reading_prefix_cache: bool = False
+    """Compute the whole prompt, whatever the cache holds."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _strings("stop", self.stop))
@@ -99,6 +103,7 @@ class SamplingParams:
             _check_text("stop" if text in self.stop else "bad_words", text)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
             _check_bool(name, getattr(self, name))
+        _check_bool("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
         _check_bias(self.logit_bias)
         if self.stop and not self.detokenize:
             raise RequestError("stop needs the text of the output", "Set detokenize=True, or use stop_token_ids")
@@ -128,8 +133,8 @@ class BeamSearchParams:
     """Number of hypotheses returned, best first; None: beam_width."""
     length_penalty: float = 1.0
     early_stopping: bool | str = False
-    """True: stop at beam_width finished hypotheses; False: when the best beam cannot win at its present length; "never": when
-    it cannot win at any length."""
+    """True: stop at beam_width finished hypotheses; False: when the best beam cannot win at its present length;
+    "never": when it cannot win at any length."""
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False

@@ -1,14 +1,15 @@
 """Decides which tokens the next step computes.
 
-One rule: every sequence has `num_computed` tokens, which catch up with its tokens within a budget of tokens per step; running
-sequences first, then waiting ones, by priority and then by arrival. Prefill, chunked prefill, decode, a prefix hit and recomputation
-after preemption are all the same thing: tokens that are known but not computed.
+One rule: every sequence has `num_computed` tokens, which catch up with its tokens within a budget of tokens per step;
+running sequences first, then waiting ones, by priority and then by arrival. Prefill, chunked prefill, decode, a prefix
+hit and recomputation after preemption are all the same thing: tokens that are known but not computed.
 
 Invariants
-- A waiting sequence owns no block. A running one owns the blocks of its computed tokens, plus those of the tokens scheduled now.
+- A waiting sequence owns no block. A running one owns the blocks of its computed tokens, plus those of the tokens
+  scheduled now.
 - A block that several own is only read; before a sequence writes to it, the sequence gets a copy of its own.
-- When memory runs out, the last running sequence in order gives up its blocks and computes again later. The first in order therefore
-  always advances, and admission never skips the head of the queue: nobody starves within a priority.
+- When memory runs out, the last running sequence in order gives up its blocks and computes again later. The first in
+  order therefore always advances, and admission never skips the head of the queue: nobody starves within a priority.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Scheduler:
         self.num_preemptions = 0
         self._max_prompt_logits = max_prompt_logits or limits.max_num_tokens
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        # The head that did not fit and the free blocks of that moment: no use in asking the cache again before some came free.
+        # The head that did not fit and the free blocks of that moment: no use in asking the cache again before some
+        # came free.
         self._blocked: Sequence | None = None
         self._blocked_at = 0
 
@@ -88,7 +90,8 @@ class Scheduler:
                     self._publish(sequence)
 
     def _schedule_running(self, schedule: Schedule) -> bool:
-        """Running sequences in order, each at least one token while the budget lasts. Says whether any was preempted."""
+        """Running sequences in order, each at least one token while the budget lasts. Says whether any was
+        preempted."""
         budget = self.limits.max_num_tokens
         prompt_logits = self._max_prompt_logits
         before = self.num_preemptions
@@ -119,7 +122,8 @@ class Scheduler:
             if schedule.items and sequence is self._blocked and self.blocks.num_free <= self._blocked_at:
                 return
             hits, digests = self._find_prefix(sequence)
-            # A running sequence may need a block soon: keep one for each, or admission would preempt itself in the next steps.
+            # A running sequence may need a block soon: keep one for each, or admission would preempt itself in the
+            # next steps.
             reserve = len(self.running) if schedule.items else 0
             revived = sum(self.blocks.reference_counts[block] == 0 for block in hits)
             needed = self.blocks.blocks_for(sequence.num_tokens) - len(hits) + revived
@@ -181,7 +185,7 @@ class Scheduler:
     def _find_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
         """Cached blocks of its tokens. The last token is always computed: its logits are wanted."""
         request = sequence.request
-        if request.wants_prompt_logprobs and not request.is_prefilled:
+        if not (request.reads_prefix_cache or request.is_prefilled):
             return [], []
         return self.cache.match(request.cache_root, sequence.token_ids, sequence.num_tokens - 1)
 

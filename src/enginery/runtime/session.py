@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from enginery.engine.protocol import Engine
-from enginery.errors import RequestError, ResourceError
+from enginery.errors import QueueFullError, RequestError, UsageError
 from enginery.runtime.batch import Batch, LogitsPlan, PromptRows
 from enginery.runtime.detokenizer import Tokenizer
 from enginery.runtime.intake import Intake
-from enginery.runtime.outputs import Logprob, PositionLogprobs, RequestOutput
-from enginery.runtime.request import Request, Sequence, Status
-from enginery.runtime.response import Response
-from enginery.runtime.sampler import Sampler, Samples, TopLogprobs, top_logprobs
+from enginery.runtime.outputs import RequestOutput
+from enginery.runtime.request import Request, Sequence
+from enginery.runtime.sampler import Sampler, TopLogprobs, top_logprobs
 from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams
 from enginery.runtime.scheduler import Schedule, Scheduled, Scheduler
+from enginery.runtime.settler import Ran, Settler
 from enginery.runtime.stats import SessionStats, collect
 
 _SEED_BITS = 64
@@ -32,22 +33,17 @@ class SessionConfig:
     eos_token_ids: tuple[int, ...] = ()
     prefix_caching: bool = True
     max_waiting: int | None = None
-    """Requests that may wait; None: any number."""
+    """Sequences that may wait before `add` refuses more; None: any number."""
     max_prompt_logits: int = 256
     """Rows of logits per step for prompt_logprobs: bounds memory at that many times the vocabulary."""
     seed: int | None = None
     """Makes the seeds of requests without one reproducible."""
 
-
-@dataclass(slots=True)
-class Ran:
-    """One run of the engine, sampled."""
-
-    items: list[Scheduled]
-    plan: LogitsPlan | None = None
-    samples: Samples | None = None
-    prompts: list[tuple[PromptRows, TopLogprobs]] = field(default_factory=list)
-    error: Exception | None = None
+    def __post_init__(self) -> None:
+        if self.max_waiting is not None and self.max_waiting < 1:
+            raise UsageError(f"max_waiting={self.max_waiting} admits no request", "Give at least 1, or None")
+        if self.max_prompt_logits < 1:
+            raise UsageError(f"max_prompt_logits={self.max_prompt_logits} is too small", "Give at least 1")
 
 
 class Session:
@@ -63,13 +59,13 @@ class Session:
         self.scheduler = Scheduler(
             limits, prefix_caching=self.config.prefix_caching, max_prompt_logits=self.config.max_prompt_logits
         )
-        self._tokenizer = tokenizer
         self._intake = Intake(limits, tokenizer, self.config.eos_token_ids)
         self._batch = Batch(limits)
         self._sampler = Sampler()
-        self._responses: dict[str, Response] = {}
-        self._seed = self.config.seed if self.config.seed is not None else int.from_bytes(os.urandom(8))
         self._stats = SessionStats()
+        self._settler = Settler(self.scheduler, self._batch, tokenizer, self._stats)
+        self._requests: dict[str, Request] = {}
+        self._seed = self.config.seed if self.config.seed is not None else int.from_bytes(os.urandom(8))
         self._pending: list[RequestOutput] = []
 
     # ---- requests
@@ -94,14 +90,14 @@ class Session:
 
         Raises:
             RequestError: the request is invalid for this engine.
-            ResourceError: too many requests are waiting.
+            QueueFullError: too many requests are waiting.
         """
         number = self._stats.num_requests
         request_id = f"request-{number}" if request_id is None else request_id
-        if request_id in self._responses:
+        if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use", "Give each running request an id of its own")
-        if self.config.max_waiting is not None and len(self.scheduler.waiting) >= self.config.max_waiting:
-            raise ResourceError(f"{len(self.scheduler.waiting)} requests are waiting", "Try again later")
+        if self.is_full:
+            raise QueueFullError(f"{len(self.scheduler.waiting)} requests are waiting", "Try again later")
         request = self._intake.request(
             prompt_token_ids, params, request_id=request_id, number=number, priority=priority, salt=salt, prompt=prompt
         )
@@ -109,10 +105,10 @@ class Session:
         request.seed = (self._seed + number if seed is None else seed) % 2**_SEED_BITS
         request.cache_root = self.scheduler.cache.root(salt, adapter)
         request.sequences.append(Sequence(request, 0, list(request.prompt_token_ids)))
-        self._responses[request_id] = Response(request, self._tokenizer)
+        self._requests[request_id] = request
+        self._settler.begin(request)
         self._stats.num_requests += 1
         self._stats.num_prompt_tokens += request.num_prompt_tokens
-        self.scheduler.add(request.sequences[0])
         return request_id
 
     def cancel(self, request_id: str) -> bool:
@@ -120,30 +116,52 @@ class Session:
 
         False if no such request is running.
         """
-        response = self._responses.get(request_id)
-        if response is None:
+        request = self._requests.pop(request_id, None)
+        if request is None:
             return False
-        self._end(response, "abort")
-        output = self._report(response)
+        self._settler.end(request, "abort")
+        output = self._settler.report(request)
         if output is not None:
             self._pending.append(output)
         return True
 
     @property
     def has_work(self) -> bool:
-        return bool(self._responses or self._pending)
+        return bool(self._requests or self._pending)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `add` would refuse a request now."""
+        return self.config.max_waiting is not None and len(self.scheduler.waiting) >= self.config.max_waiting
 
     def generate(
-        self, prompts: Iterable[Iterable[int]], params: SamplingParams | BeamSearchParams | list[SamplingParams]
+        self,
+        prompts: Iterable[Iterable[int]],
+        params: SamplingParams | BeamSearchParams | Iterable[SamplingParams | BeamSearchParams],
     ) -> list[RequestOutput]:
-        """Serves token-id prompts to the end and returns their final outputs, in order."""
+        """Serves token-id prompts to the end and returns their final outputs, in order.
+
+        Parameters are shared or one per prompt. Outputs of requests added elsewhere are lost meanwhile. If anything
+        raises, the prompts of this call are cancelled.
+        """
         prompts = list(prompts)
-        each = params if isinstance(params, list) else [params] * len(prompts)
-        ids = [self.add(prompt, wanted) for prompt, wanted in zip(prompts, each, strict=True)]
-        final: dict[str, RequestOutput] = {}
-        while len(final) < len(ids):
-            final.update((output.request_id, output) for output in self.step() if output.finished)
-        return [final[request_id] for request_id in ids]
+        shared = isinstance(params, (SamplingParams, BeamSearchParams))
+        each = [params] * len(prompts) if shared else list(params)  # type: ignore[arg-type]
+        waiting = deque(zip(prompts, each, strict=True))
+        final: dict[str, RequestOutput | None] = {}
+        num_final = 0
+        try:
+            while waiting or num_final < len(final):
+                while waiting and not self.is_full:
+                    final[self.add(*waiting.popleft())] = None  # type: ignore[arg-type]
+                for output in self.step():
+                    if output.finished and output.request_id in final:
+                        final[output.request_id] = output
+                        num_final += 1
+        finally:
+            for request_id in final:
+                self.cancel(request_id)
+        return [output for output in final.values() if output is not None]
 
     # ---- the step
 
@@ -160,7 +178,8 @@ class Session:
         return collect(self._stats, self.scheduler)
 
     def close(self) -> None:
-        for request_id in list(self._responses):
+        """Cancels everything and closes the engine."""
+        for request_id in list(self._requests):
             self.cancel(request_id)
         self.engine.close()
 
@@ -212,172 +231,20 @@ class Session:
             samples = self._sampler.sample(logits, self._batch.sampling_inputs(plan))
         return Ran(items, plan, samples, prompts)
 
-    def _settle(self, schedule: Schedule, results: list[Ran]) -> list[RequestOutput]:
-        """Appends tokens, forks, finishes and reports."""
-        began = time.perf_counter()
-        self._stats.num_scheduled_tokens += schedule.num_tokens
-        touched: dict[str, Response] = {}
-        for result in results:
-            if result.error is not None:
-                self._fail(result.items[0].sequence.request, result.error, touched)
-        self.scheduler.advance(schedule)
-        for result in results:
-            self._settle_run(result, touched)
-        reports = (self._report(response) for response in touched.values())
-        outputs = self._pending + [output for output in reports if output is not None]
-        self._pending = []
-        self._stats.settle_seconds += time.perf_counter() - began
-        return outputs
-
-    # ---- settling
-
-    def _settle_run(self, result: Ran, touched: dict[str, Response]) -> None:
-        for rows, logprobs in result.prompts:
-            self._store_prompt_logprobs(rows, logprobs)
-        plan, samples = result.plan, result.samples
-        if plan is None or samples is None:
-            return
-        for place, sequence in enumerate(plan.sequences):
-            request = sequence.request
-            response = self._responses.get(request.request_id)
-            if response is None or response.request is not request:
-                continue
-            touched[request.request_id] = response
-            try:
-                self._settle_sample(response, sequence, place, plan, samples)
-            except Exception as error:
-                self._fail(request, error, touched)
-
-    def _settle_sample(
-        self, response: Response, sequence: Sequence, place: int, plan: LogitsPlan, samples: Samples
-    ) -> None:
-        request = response.request
-        if place in samples.failed:
-            raise ArithmeticError("the model gave no finite logits, or every token was banned")
-        if not request.is_prefilled:
-            self._begin(request)
-        if response.search is not None:
-            self._advance_beams(response, sequence, place, samples)
-            return
-        if plan.choices is not None:
-            sequence = request.sequences[int(plan.choices[place])]
-        token_id = samples.token_ids[place]
-        sequence.token_ids.append(token_id)
-        self._batch.append(sequence, token_id)
-        self._stats.num_generated_tokens += 1
-        if sequence.token_counts is not None:
-            sequence.token_counts.add(token_id)
-        if samples.logprobs is not None and place in samples.logprobs_row:
-            self._add_logprobs(sequence, token_id, samples.logprobs, samples.logprobs_row[place])
-        response.accept(sequence, token_id)
-        if sequence.finish_reason is not None:
-            self.scheduler.finish(sequence)
-
-    def _begin(self, request: Request) -> None:
-        """The prompt is computed: its sequence is forked once for each further completion."""
-        request.is_prefilled = True
-        request.metrics.first_token_time = time.monotonic()
-        root = request.sequences[0]
-        for index in range(1, request.num_choices):
-            child = Sequence(request, index, list(root.token_ids))
-            request.sequences.append(child)
-            self.scheduler.fork(root, child)
-
-    def _advance_beams(self, response: Response, beam: Sequence, place: int, samples: Samples) -> None:
-        search = response.search
-        if search is None or samples.logprobs is None:
-            return
-        row = samples.logprobs_row[place]
-        count = response.request.num_beam_candidates
-        top = samples.logprobs
-        search.hand_in(
-            beam, list(zip(top.token_ids[row, :count].tolist(), top.values[row, :count].tolist(), strict=True))
-        )
-        if search.is_ready:
-            self._replace_beams(response.request, search.advance())
-
-    def _replace_beams(self, request: Request, living: list) -> None:
-        """Beams without a continuation end; a beam's first continuation goes on in its place, further ones are forks."""
-        parents = {continuation.parent for continuation in living}
-        for beam in request.sequences:
-            if beam not in parents or not living:
-                self.scheduler.finish(beam)
-        if not living:
-            return
-        heirs = set()
-        grown = []
-        for continuation in living:
-            parent = continuation.parent
-            if parent in heirs:
-                child = Sequence(request, request.next_index(), list(parent.token_ids))
-                self.scheduler.fork(parent, child)
-                grown.append((child, continuation))
-            else:
-                heirs.add(parent)
-                grown.append((parent, continuation))
-        for sequence, continuation in grown:
-            sequence.token_ids.append(continuation.token_id)
-            sequence.cumulative_logprob = continuation.cumulative_logprob
-            self._batch.append(sequence, continuation.token_id)
-            if sequence.status is Status.PARKED:
-                self.scheduler.add(sequence)
-        self._stats.num_generated_tokens += len(grown)
-        request.sequences = [sequence for sequence, _ in grown]
-
-    def _fail(self, request: Request, error: Exception, touched: dict[str, Response]) -> None:
-        response = self._responses.get(request.request_id)
-        if response is None or response.request is not request:
-            return
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        self._end(response, "error", text)
-        touched[request.request_id] = response
-
-    def _end(self, response: Response, reason, error: str | None = None) -> None:
-        for sequence in response.request.sequences:
-            if sequence.status is not Status.FINISHED:
-                self.scheduler.finish(sequence)
-                response.close(sequence, reason, error)
-
-    def _report(self, response: Response) -> RequestOutput | None:
-        output = response.output()
-        if response.request.is_finished:
-            del self._responses[response.request.request_id]
-            self._stats.count_finished(response.request)
-        return output
-
-    # ---- logprobs
-
     def _prompt_logprobs(self, rows: PromptRows, logits: torch.Tensor) -> TopLogprobs:
         request = rows.sequence.request
+        params = request.params
+        count = params.prompt_logprobs or 0 if isinstance(params, SamplingParams) else 0
         following = request.prompt_token_ids[rows.first_position + 1 : rows.first_position + 1 + rows.count]
         mine = logits[rows.first_row : rows.first_row + len(following)]
-        return top_logprobs(mine, torch.tensor(following, dtype=torch.int64), request.params.prompt_logprobs)
+        return top_logprobs(mine, torch.tensor(following, dtype=torch.int64), count)
 
-    def _store_prompt_logprobs(self, rows: PromptRows, logprobs: TopLogprobs) -> None:
-        request = rows.sequence.request
-        if request.prompt_logprobs is None:
-            return
-        for row in range(len(logprobs.chosen)):
-            position = rows.first_position + 1 + row
-            request.prompt_logprobs[position] = self._position(request.prompt_token_ids[position], logprobs, row, None)
-
-    def _add_logprobs(self, sequence: Sequence, token_id: int, logprobs: TopLogprobs, row: int) -> None:
-        if sequence.logprobs is None:
-            sequence.logprobs = []
-        sequence.logprobs.append(self._position(token_id, logprobs, row, sequence.request.params.logprobs))
-        sequence.cumulative_logprob += float(logprobs.chosen[row])
-
-    def _position(self, token_id: int, logprobs: TopLogprobs, row: int, count: int | None) -> PositionLogprobs:
-        """The `count` most likely tokens of one position, and the chosen one."""
-        ids = logprobs.token_ids[row, :count].tolist()
-        values = logprobs.values[row, :count].tolist()
-        found = {
-            i: Logprob(v, rank, self._token_text(i)) for rank, (i, v) in enumerate(zip(ids, values, strict=True), 1)
-        }
-        if token_id not in found:
-            chosen = Logprob(float(logprobs.chosen[row]), int(logprobs.ranks[row]), self._token_text(token_id))
-            found = {token_id: chosen, **found}
-        return found
-
-    def _token_text(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode([token_id])
+    def _settle(self, schedule: Schedule, results: list[Ran]) -> list[RequestOutput]:
+        began = time.perf_counter()
+        outputs = self._pending + self._settler.settle(schedule, results)
+        self._pending = []
+        for output in outputs:
+            if output.finished:
+                self._requests.pop(output.request_id, None)
+        self._stats.settle_seconds += time.perf_counter() - began
+        return outputs

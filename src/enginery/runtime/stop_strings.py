@@ -13,7 +13,8 @@ class StopStrings:
         self._longest = max(map(len, stops), default=0)
 
     def find(self, text: str, num_new: int) -> tuple[int, str] | None:
-        """Start and text of the stop string that ends first within the last `num_new` characters (of equal ones the longest)."""
+        """Start and text of the stop string that ends first within the last `num_new` characters (of equal ones the
+        longest)."""
         begin = max(0, len(text) - num_new - self._longest + 1)
         best: tuple[int, int, str] | None = None
         for stop in self.stops:

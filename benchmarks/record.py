@@ -1,0 +1,86 @@
+"""Prints a benchmark's results as a table and as one JSON line, and on request keeps them in `benchmarks/results/`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "numpy", "triton")
+
+Row = Mapping[str, Any]
+
+
+def record(
+    name: str, results: Mapping[str, Any], *, table: Mapping[str, Row] | None = None, write: bool = False
+) -> dict[str, Any]:
+    """Prints `table` (row name -> column -> value; by default the results themselves) and the record as one JSON line.
+
+    With `write`, the record goes to `benchmarks/results/NAME.json` as well. Returns it:
+    {"name", "command", "when", "hardware", "versions", "results"}.
+    """
+    entry = {
+        "name": name,
+        "command": " ".join(["python", *sys.argv]),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": versions(),
+        "results": results,
+    }
+    _print_table(name, results if table is None else table)
+    print(json.dumps(entry))
+    if write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(entry, indent=2) + "\n")
+    return entry
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, the cores this process may use, and the GPU if torch is loaded and has one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _print_table(title: str, rows: Mapping[str, Any]) -> None:
+    rows = {name: row for name, row in rows.items() if isinstance(row, Mapping)}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table("", *columns, title=title)
+    for name, row in rows.items():
+        table.add_row(name, *(_shown(row.get(column, "")) for column in columns))
+    Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
