@@ -82,6 +82,21 @@ class Layer:
         """All its inputs are known at build time, so its outputs are."""
         return bool(self.outputs) and self.outputs[0].is_constant
 
+    def replace(self, **changes: Any) -> Tensor | tuple[Tensor, ...]:
+        """The same call with some arguments changed, appended at the network's cursor; its output, or its outputs."""
+        known = signature(self.op)
+        args = list(self._args)
+        for name, value in changes.items():
+            if name not in known.index:
+                raise NetworkError(f"{operator_name(self.op)} has no argument {name!r}", f"It has: {', '.join(known.names)}")
+            args[known.index[name]] = freeze(value)
+        layer = self.network.add_layer(self.op, tuple(args))
+        return layer.outputs[0] if known.is_single else layer.outputs
+
+    def matches(self, pattern: Any) -> bool:
+        """A pattern of `enginery.rewriting` matches with this layer as its root."""
+        return pattern.match(self) is not None
+
     def replace_input(self, old: Tensor, new: Tensor) -> None:
         """This layer reads `new` wherever it read `old`."""
         if old not in self.inputs:

@@ -1,0 +1,162 @@
+"""A rule made ready to run: its form recognised, its pattern compiled, its parameters tied to captures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from enginery.errors import EngineryError, RewriteError, UsageError
+from enginery.network.layer import Layer
+from enginery.network.operator import Operator
+from enginery.rewriting.matcher import ARGS, NETWORK, ROOT, Matcher, Registers
+from enginery.rewriting.pattern import Pattern
+from enginery.rewriting.rule import PatternRewriter
+
+Action = Callable[[Registers], Any]
+
+_FIXED = {"root": ROOT, "network": NETWORK, "args": ARGS}
+
+
+@dataclass(slots=True, eq=False)
+class Way:
+    """One way to enter a rule: from one of the roots of its pattern, or from a layer that an imperative rule asked for."""
+
+    rule: BoundRule
+    matcher: Matcher | None
+    check: Action | None
+    rewrite: Action
+
+    def accepts(self, layer: Layer) -> bool:
+        if self.matcher is not None:
+            return self.matcher.ops is None or layer.op in self.matcher.ops
+        return self.rule.roots is None or any(_is_of(layer, wanted) for wanted in self.rule.roots)
+
+
+@dataclass(slots=True, eq=False)
+class BoundRule:
+    label: str
+    source: Any
+    benefit: int
+    args: dict[str, Any]
+    ways: list[Way] = field(default_factory=list)
+    roots: tuple[Any, ...] | None = None
+
+    @property
+    def location(self) -> str:
+        """file:line of the rule's rewrite."""
+        source = type(self.source)
+        function = getattr(
+            source, "match_and_rewrite" if source.rewrite is PatternRewriter.rewrite else "rewrite", None
+        )
+        code = inspect.unwrap(function).__code__ if function is not None else None
+        return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else "?"
+
+    @property
+    def height(self) -> int:
+        """How far below its root the rule looks, in calls."""
+        return max((way.matcher.height for way in self.ways if way.matcher is not None), default=1)
+
+
+def bind(label: str, rule: Any, benefit: int | None = None) -> BoundRule:
+    """Raises RewriteError, naming the rule, if it cannot run."""
+    bound = BoundRule(label, rule, rule.benefit if benefit is None else benefit, dict(rule.args or {}))
+    try:
+        if rule.pattern is not None:
+            bound.ways = _declarative(bound, rule)
+        else:
+            bound.ways = [_imperative(bound, rule)]
+    except EngineryError as error:
+        raise RewriteError(f"rule {label}: {error.cause}", error.fix, rule=label) from error
+    return bound
+
+
+def _declarative(bound: BoundRule, rule: Any) -> list[Way]:
+    roots = (rule.pattern,) if isinstance(rule.pattern, Pattern) else tuple(rule.pattern)
+    if not roots or not all(isinstance(root, Pattern) for root in roots):
+        raise UsageError("its pattern is no pattern", "Call PyTorch on Var and Const")
+    if not _overrides(rule, "rewrite"):
+        raise UsageError("it has a pattern but no rewrite", "Define rewrite(captures...)")
+    outermost = [
+        i for i, root in enumerate(roots) if not any(root is not other and _inside(root, other) for other in roots)
+    ]
+    ways = []
+    for anchor in outermost:
+        matcher = Matcher(roots, tuple(rule.where), anchor)
+        check = _tie(rule.check, matcher.names) if _overrides(rule, "check") else None
+        ways.append(Way(bound, matcher, check, _tie(rule.rewrite, matcher.names)))
+    return ways
+
+
+def _imperative(bound: BoundRule, rule: Any) -> Way:
+    bound.roots = None if rule.root_layer is None else _wanted(rule.root_layer)
+    if _overrides(rule, "match_and_rewrite"):
+        function = rule.match_and_rewrite
+        return Way(bound, None, None, lambda registers: function(registers[ROOT]))
+    if _overrides(rule, "match") and _overrides(rule, "rewrite"):
+        match, rewrite = rule.match, rule.rewrite
+        return Way(bound, None, lambda registers: match(registers[ROOT]), lambda registers: rewrite(registers[ROOT]))
+    raise UsageError("it has no pattern and no match_and_rewrite", "Define pattern and rewrite, or match_and_rewrite")
+
+
+def _overrides(rule: Any, name: str) -> bool:
+    return getattr(type(rule), name, None) is not getattr(PatternRewriter, name) or name in vars(rule)
+
+
+def _inside(node: Pattern, other: Pattern) -> bool:
+    return node is other or any(_inside(node, child) for child in other.children())
+
+
+def _tie(function: Callable, names: Mapping[str, int]) -> Action:
+    """Calls `function` with the captures that its parameters name."""
+    slots, keywords = [], {}
+    for parameter in inspect.signature(function).parameters.values():
+        slot = names.get(parameter.name, _FIXED.get(parameter.name))
+        if parameter.kind is parameter.VAR_KEYWORD:
+            keywords.update({name: slot for name, slot in names.items() if name not in keywords})
+        elif slot is None:
+            if parameter.default is parameter.empty:
+                known = ", ".join([*names, *_FIXED])
+                raise UsageError(
+                    f"{function.__name__} asks for {parameter.name!r}, which the pattern does not bind",
+                    f"It binds: {known}",
+                )
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            keywords[parameter.name] = slot
+        else:
+            slots.append(slot)
+            keywords.setdefault(parameter.name, slot)
+    positional = tuple(slots)
+    keywords = {name: slot for name, slot in keywords.items() if slot not in positional}
+    if keywords:
+        return lambda registers: function(
+            *[registers[slot] for slot in positional], **{name: registers[slot] for name, slot in keywords.items()}
+        )
+    if not positional:
+        return lambda registers: function()
+    if len(positional) == 1:
+        (only,) = positional
+        return lambda registers: function(registers[only])
+    pick = itemgetter(*positional)
+    return lambda registers: function(*pick(registers))
+
+
+def _wanted(roots: Any) -> tuple[Any, ...]:
+    """Kinds of layers, operators, packets of operators or their names."""
+    if isinstance(roots, str) or not isinstance(roots, Collection):
+        roots = (roots,)
+    return tuple(roots)
+
+
+def _is_of(layer: Layer, wanted: Any) -> bool:
+    if isinstance(wanted, Operator):
+        return layer.op is wanted
+    if isinstance(wanted, torch._ops.OpOverloadPacket):
+        return layer.op.overloadpacket is wanted
+    if isinstance(wanted, str):
+        return layer.op._schema.name.replace("::", ".") == wanted
+    return layer.kind == wanted
