@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from enginery.network.operator import Operator, draws, operator_name, signature
+from enginery.errors import NetworkError
+from enginery.network.operator import Operator, draws, freeze, operator_name, signature
 from enginery.network.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Layer:
         self._set_args((*self._args[:index], value, *self._args[index + 1 :]))
 
     def _set_args(self, args: tuple) -> None:
+        self.network._require_open()
         self._release_inputs()
         self._args = args
         self._hold_inputs()

@@ -38,6 +38,7 @@ class Network:
         self._cursor: Layer | None = None
         self._provenance: Provenance | None = None
         self._module_path = ""
+        self._guard = ""
         self.values: dict[str, torch.Tensor] = {}
         self.ranges: dict[str, tuple[int, int | None]] = {}
         """least and greatest value of each symbolic size, both included; None: no bound"""
@@ -145,6 +146,7 @@ class Network:
 
     def set_output(self, name: str, tensor: Tensor, *, keep_old: bool = False) -> None:
         """Binds an output name to a value. `keep_old` leaves the record of the former value to the caller."""
+        self._require_open()
         former = self._outputs.get(name)
         if former is not None and not keep_old:
             former.output_names.remove(name)
@@ -168,6 +170,8 @@ class Network:
         types: Sequence[tuple[tuple[Size, ...], torch.dtype]] | None = None,
     ) -> Layer:
         """As `call`, with arguments in normal form and, if known, the types of the outputs."""
+        if self._guard == "not be changed":
+            self._require_open()
         if types is None:
             types = infer_types(op, args)
         if name is None:
@@ -201,6 +205,7 @@ class Network:
 
     def erase(self, layer: Layer) -> None:
         """Removes a layer that nobody reads. Raises NetworkError otherwise."""
+        self._require_open()
         for output in layer.outputs:
             if output._uses or output.output_names:
                 raise NetworkError(f"layer {layer.name} cannot be erased: {output!r} is still used")
@@ -208,6 +213,35 @@ class Network:
         self._unlink(layer)
         del self._layers[layer.name]
         layer.is_removed = True
+
+    def remove_constant(self, tensor: Tensor) -> None:
+        """Forgets a named constant that nobody reads, and its value. Raises NetworkError otherwise."""
+        self._require_open()
+        if tensor._uses or tensor.output_names:
+            raise NetworkError(f"constant {tensor.name} cannot be removed: it is still used")
+        del self._constants[tensor.name]
+        self.values.pop(tensor.name, None)
+
+    def rename_output(self, old: str, new: str) -> None:
+        """The output keeps its place."""
+        self._require_open()
+        tensor = self._outputs[old]
+        self._outputs = {new if name == old else name: value for name, value in self._outputs.items()}
+        tensor.output_names[tensor.output_names.index(old)] = new
+
+    @contextmanager
+    def guarded(self, *, append: bool) -> Iterator[None]:
+        """Inside, the network cannot be changed, except that layers and constants are added if `append`. NetworkError else."""
+        saved = self._guard
+        self._guard = "only be appended to" if append else "not be changed"
+        try:
+            yield
+        finally:
+            self._guard = saved
+
+    def _require_open(self) -> None:
+        if self._guard:
+            raise NetworkError(f"the network may {self._guard} here", "A rule returns what replaces its root")
 
     @contextmanager
     def inserting_before(
@@ -225,6 +259,7 @@ class Network:
 
     def move_before(self, layer: Layer, place: Layer) -> None:
         """Moves a layer in the execution order. The caller keeps definitions before uses (`verify` checks)."""
+        self._require_open()
         if layer is not place:
             self._unlink(layer)
             self._link_before(layer, place)

@@ -7,7 +7,6 @@ from typing import Any
 
 from enginery.network.layer import Layer, Provenance, tensors_in
 from enginery.network.network import Network
-from enginery.network.operator import signature
 from enginery.network.tensor import Tensor
 from enginery.rewriting.rule import MatchFailure
 
@@ -66,7 +65,7 @@ class Edit:
             layer = pending.pop()
             if layer.is_removed or any(output._uses or output.output_names for output in layer.outputs):
                 continue
-            if layer not in replaced and signature(layer.op).has_effects:
+            if layer not in replaced and layer.has_effects:
                 continue
             parents = [tensor.parent for tensor in tensors_in(layer._args) if tensor.parent is not None]
             self._erased.append((layer, layer._next))
@@ -150,7 +149,7 @@ def _first_early_reader(added: Sequence[Layer], pairs: Sequence[Pair]) -> Layer 
 
 
 def _sink(edit: Edit, after: Layer) -> None:
-    if any(signature(layer.op).has_effects for layer in edit.added):
+    if any(layer.has_effects for layer in edit.added):
         raise MatchFailure(f"a call with effects would move behind {after.name}")
     place = after._next
     for layer in edit.added:
@@ -168,7 +167,7 @@ def _hoist(edit: Edit, pairs: Sequence[Pair], reader: Layer, mutable: Collection
             continue
         if layer not in edit.added and (layer is reader or any(tensor in replaced for tensor in layer.inputs)):
             raise MatchFailure(f"the replacement needs {layer.name}, which is computed from what it replaces")
-        if signature(layer.op).has_effects or any(tensor in mutable for tensor in layer.inputs):
+        if layer.has_effects or any(tensor in mutable for tensor in layer.inputs):
             raise MatchFailure(f"{layer.name} would move over calls with effects")
         cone[layer] = None
         pending.extend(tensor.parent for tensor in layer.inputs if tensor.parent is not None)

@@ -96,9 +96,8 @@ class _Phase:
 
     def _enter(self, layer: Layer) -> None:
         """Notes the effects of a layer and queues it if a rule may want it."""
-        known = signature(layer.op)
-        if known.has_effects:
-            for place in known.written:
+        if layer.has_effects:
+            for place in signature(layer.op).written:
                 for tensor in tensors_in(layer._args[place]):
                     self._mutable.setdefault(tensor, []).append(layer)
         self._push(layer)
@@ -162,7 +161,7 @@ class _Phase:
     def _apply(self, way: Way, layer: Layer, registers: Registers, edit: Edit, fact: RuleReport) -> str | None:
         """Runs the rule's code and carries out what it returns. Gives the reason if it declines."""
         network, matcher = self.network, way.matcher
-        with network.inserting_before(layer):
+        with network.inserting_before(layer), network.guarded(append=True):
             if way.check is not None:
                 verdict = way.check(registers)
                 if verdict is not None and not verdict:
@@ -249,8 +248,7 @@ class _Phase:
     ) -> None:
         if not way.rule.source.removes_effects:
             for layer in replaced:
-                known = signature(layer.op)
-                if known.has_effects and not _covers(added, layer):
+                if layer.has_effects and not _covers(added, layer):
                     raise MatchFailure(f"it would remove the effect of {layer.name}")
         if self._mutable and added:
             earliest = min(layer.order for layer in matched)
