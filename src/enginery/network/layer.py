@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from enginery.errors import NetworkError
+from enginery.network.kind import LayerKind, kind_of
 from enginery.network.operator import Operator, draws, freeze, operator_name, signature
 from enginery.network.tensor import Tensor
 
@@ -29,14 +30,15 @@ class Layer:
     """
 
     __slots__ = (
-        "_args", "_next", "_previous", "is_removed", "module_path", "name", "network", "op", "order", "outputs", "provenance",
+        "_args", "_inputs", "_next", "_previous", "has_effects", "is_removed", "module_path", "name", "network", "op", "order",
+        "outputs", "provenance",
     )  # fmt: skip
 
     def __init__(self, network: Network, name: str, op: Operator, args: tuple) -> None:
         self.network = network
         self.name = name
         self.op = op
-        self._args = args
+        self._take(args)
         self.outputs: tuple[Tensor, ...] = ()
         self.module_path = ""
         """the module of the source model that made this call, such as `model.layers.0.self_attn`"""
@@ -46,6 +48,11 @@ class Layer:
         """grows along the execution order; compare only"""
         self._previous: Layer | None = None
         self._next: Layer | None = None
+
+    @property
+    def kind(self) -> LayerKind:
+        """The coarse class, by which rules may filter."""
+        return kind_of(self.op)
 
     @property
     def args(self) -> tuple:
@@ -59,7 +66,7 @@ class Layer:
     @property
     def inputs(self) -> list[Tensor]:
         """The tensors among the arguments, in order, lists flattened; one that is used twice stands twice."""
-        return list(tensors_in(self._args))
+        return list(self._inputs)
 
     @property
     def output(self) -> Tensor:
@@ -71,12 +78,6 @@ class Layer:
     def users(self) -> list[Layer]:
         found = {user: None for output in self.outputs for user in output._uses}
         return sorted(found, key=lambda layer: layer.order)
-
-    @property
-    def has_effects(self) -> bool:
-        """It writes to an argument or draws random numbers: it may not be moved, merged or removed."""
-        known = signature(self.op)
-        return known.has_effects and (bool(known.written) or draws(self.op, self._args))
 
     @property
     def is_constant(self) -> bool:
@@ -100,9 +101,16 @@ class Layer:
 
     def replace_input(self, old: Tensor, new: Tensor) -> None:
         """This layer reads `new` wherever it read `old`."""
-        if old not in self.inputs:
+        count = old._uses.get(self)
+        if count is None or old is new:
             return
-        self._set_args(tuple(_substitute(value, old, new) for value in self._args))
+        self.network._require_open()
+        del old._uses[self]
+        new._uses[self] = new._uses.get(self, 0) + count
+        self._args = tuple([_substitute(value, old, new) for value in self._args])
+        self._inputs = tuple([new if value is old else value for value in self._inputs])
+        if new.is_constant != old.is_constant:
+            self.update_constness()
 
     def set_argument(self, name: str, value: Any) -> None:
         names = signature(self.op).names
@@ -112,30 +120,46 @@ class Layer:
     def _set_args(self, args: tuple) -> None:
         self.network._require_open()
         self._release_inputs()
-        self._args = args
+        self._take(args)
         self._hold_inputs()
         self.update_constness()
 
+    def _take(self, args: tuple) -> None:
+        self._args = args
+        self._inputs = _inputs_of(args)
+        known = signature(self.op)
+        self.has_effects: bool = known.has_effects and (bool(known.written) or draws(self.op, args))
+        """It writes to an argument or draws random numbers: it may not be moved, merged or removed."""
+
     def _hold_inputs(self) -> None:
-        for tensor in tensors_in(self._args):
-            tensor._uses[self] = tensor._uses.get(self, 0) + 1
+        for tensor in self._inputs:
+            uses = tensor._uses
+            uses[self] = uses.get(self, 0) + 1
 
     def _release_inputs(self) -> None:
-        for tensor in tensors_in(self._args):
-            count = tensor._uses[self]
+        for tensor in self._inputs:
+            uses = tensor._uses
+            count = uses[self]
             if count == 1:
-                del tensor._uses[self]
+                del uses[self]
             else:
-                tensor._uses[self] = count - 1
+                uses[self] = count - 1
+
+    def _derives_constant(self) -> bool:
+        """What `is_constant` of the outputs must be."""
+        if self.has_effects:
+            return False
+        for tensor in self._inputs:  # noqa: SIM110  (a hot loop)
+            if not tensor.is_constant:
+                return False
+        return True
 
     def update_constness(self) -> None:
         """Derives `is_constant` of the outputs from the inputs, and of all that follows if it changed."""
         pending = [self]
         while pending:
             layer = pending.pop()
-            constant = not (signature(layer.op).has_effects and layer.has_effects) and all(
-                tensor.is_constant for tensor in tensors_in(layer._args)
-            )
+            constant = layer._derives_constant()
             if layer.outputs and layer.outputs[0].is_constant != constant:
                 for output in layer.outputs:
                     output.is_constant = constant
@@ -154,9 +178,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def _inputs_of(args: tuple) -> tuple[Tensor, ...]:
+    found: list[Tensor] = []
+    for value in args:
+        if value.__class__ is Tensor:
+            found.append(value)
+        elif value.__class__ is tuple:
+            found.extend(tensors_in(value))
+    return tuple(found)
+
+
 def _substitute(value: Any, old: Tensor, new: Tensor) -> Any:
     if value is old:
         return new
-    if isinstance(value, tuple):
-        return tuple(_substitute(item, old, new) for item in value)
+    if value.__class__ is tuple:
+        return tuple([_substitute(item, old, new) for item in value])
     return value

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from enginery.errors import NetworkError
-from enginery.network import fx, interpreter
+from enginery.network import diff, dot, edit, fx, interpreter, parsing, python, text, verify
 from enginery.network.dim import Size
 from enginery.network.layer import Layer, Provenance
 from enginery.network.operator import Operator, signature
@@ -73,6 +73,31 @@ class Network:
         """
         return fx.to_graph_module(self, device)
 
+    @classmethod
+    def parse(cls, source: str, *, max_lines: int = parsing.MAX_LINES) -> Network:
+        """The network of a text that `str(network)` gave. Types are inferred again and compared.
+
+        Raises NetworkError that names line and layer where the text is no network.
+        """
+        network = cls()
+        parsing.parse(network, source, max_lines=max_lines)
+        return network
+
+    def __str__(self) -> str:
+        """The text form: stable, complete but for the constants' values, read back by `parse`."""
+        return text.write(self)
+
+    def __repr__(self) -> str:
+        return f"<Network of {len(self)} layers, {len(self._inputs)} inputs, {len(self._constants)} constants>"
+
+    def to_dot(self) -> str:
+        """A drawing in Graphviz' language."""
+        return dot.to_dot(self)
+
+    def to_python(self) -> str:
+        """Source of a function `network(inputs…, constants)` that makes the same calls."""
+        return python.to_python(self)
+
     # Reading
 
     @property
@@ -108,6 +133,14 @@ class Network:
     def __len__(self) -> int:
         return len(self._layers)
 
+    def verify(self) -> None:
+        """Raises NetworkError that names the layer if the network is not sound: links, order, schemas, types, use-lists."""
+        verify.verify(self)
+
+    def diff(self, other: Network) -> str:
+        """What `other` does differently, layer by layer; empty if nothing. Mere renamings of operands are not shown."""
+        return diff.diff(self, other)
+
     def layer(self, name: str) -> Layer:
         """The layer of that name, or the only one whose name ends with `.name`."""
         if name in self._layers:
@@ -125,6 +158,12 @@ class Network:
         stem, _, index = name.rpartition("#")
         layer = self._layers[stem or name]
         return layer.outputs[int(index)] if stem else layer.output
+
+    def copy(self) -> Network:
+        """An equal network that shares nothing but the constants' values."""
+        network = type(self)()
+        edit.copy_into(self, network)
+        return network
 
     # Building
 
@@ -180,12 +219,17 @@ class Network:
         layer = Layer(self, self._claim(name), op, args)
         layer.module_path = self._module_path
         layer.provenance = self._provenance
-        labels = [layer.name] if len(types) == 1 else [f"{layer.name}#{i}" for i in range(len(types))]
-        layer.outputs = tuple(
-            Tensor(self, label, shape, dtype, layer, i) for i, (label, (shape, dtype)) in enumerate(zip(labels, types))
-        )
+        if len(types) == 1:
+            ((shape, dtype),) = types
+            layer.outputs = (Tensor(self, layer.name, shape, dtype, layer, 0),)
+        else:
+            layer.outputs = tuple(
+                [Tensor(self, f"{layer.name}#{i}", shape, dtype, layer, i) for i, (shape, dtype) in enumerate(types)]
+            )
         layer._hold_inputs()
-        layer.update_constness()
+        if layer._derives_constant():
+            for output in layer.outputs:
+                output.is_constant = True
         self._link_before(layer, self._cursor)
         self._layers[layer.name] = layer
         return layer
@@ -242,6 +286,10 @@ class Network:
     def _require_open(self) -> None:
         if self._guard:
             raise NetworkError(f"the network may {self._guard} here", "A rule returns what replaces its root")
+
+    def prune(self) -> int:
+        """Erases the layers that nobody reads and that have no effect; gives their number."""
+        return edit.prune(self)
 
     @contextmanager
     def inserting_before(
