@@ -41,7 +41,7 @@ class StepInputs:
     seq_lens: np.ndarray
     """`[S]` int32, length of each sequence, the new tokens counted in"""
     logits_indices: np.ndarray
-    """`[L]` int64, the tokens whose logits are wanted"""
+    """`[L]` int64, the tokens whose logits are wanted; L is 0 in a step of unfinished prompts"""
 
 
 class Engine(Protocol):
@@ -53,7 +53,8 @@ class Engine(Protocol):
     def execute(self, inputs: StepInputs) -> torch.Tensor:
         """Writes the new tokens' keys and values to the cache and returns logits `[L, vocab_size]`, float32, on its device.
 
-        The tensor is valid until the next call.
+        The tensor is valid until the next call, and the caller may write to it until then. Executing the same inputs again
+        gives the same result: a session does so to find out which sequence of a failed step was at fault.
         """
         ...
 

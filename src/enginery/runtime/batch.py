@@ -164,7 +164,7 @@ class Batch:
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
-            noise=_uniform(self._seed[rows], self._choice[rows] if plan.choices is None else plan.choices, lengths),
+            noise=uniform_noise(self._seed[rows], self._choice[rows] if plan.choices is None else plan.choices, lengths),
             num_logprobs=self._num_logprobs[rows],
             edits=edits.build(),
         )
@@ -209,7 +209,7 @@ def _is_special(item: Scheduled) -> bool:
     return not request.is_prefilled and (request.num_choices > 1 or request.wants_prompt_logprobs)
 
 
-def _uniform(seeds: np.ndarray, choices: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def uniform_noise(seeds: np.ndarray, choices: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Uniform in [0, 1), a function of (seed, choice, position) alone: SplitMix64's finaliser over a chain of the
     three."""
     with np.errstate(over="ignore"):

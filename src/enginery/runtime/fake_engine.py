@@ -42,6 +42,8 @@ class FakeEngine:
         self._positions.reshape(-1)[inputs.slot_mapping] = inputs.positions
         contexts = [self._context(inputs, sequence) for sequence in range(len(inputs.seq_lens))]
         self.num_steps += 1
+        if not len(inputs.logits_indices):
+            return torch.empty(0, self._limits.vocab_size)
         sequence_of = np.searchsorted(inputs.query_start, inputs.logits_indices, side="right") - 1
         wanted = zip(sequence_of.tolist(), inputs.positions[inputs.logits_indices].tolist(), strict=True)
         return self._logits_of([contexts[sequence][: position + 1] for sequence, position in wanted])

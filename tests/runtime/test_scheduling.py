@@ -1,0 +1,239 @@
+"""The runtime on a fake engine: whatever the memory, the budget and the neighbours, every stream is that of a request served alone."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from .harness import VOCABULARY, check_idle, make_session, run_to_end, step_checked
+
+from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+
+TORCH_FREE = (
+    "scheduler", "block_manager", "prefix_cache", "request", "batch", "detokenizer", "sampling_params", "outputs", "intake",
+    "response", "stats", "edits", "beam_search", "stop_strings",
+)  # fmt: skip
+
+
+def random_params(rng: random.Random) -> SamplingParams | BeamSearchParams:
+    if rng.random() < 0.15:
+        return BeamSearchParams(rng.randint(1, 4), rng.randint(1, 20), early_stopping=rng.choice([True, False, "never"]))
+    return SamplingParams(
+        n=rng.choice([1, 1, 1, 2, 3, 5]),
+        temperature=rng.choice([0.0, 0.7, 1.0]),
+        top_k=rng.choice([0, 5, 40]),
+        top_p=rng.choice([1.0, 0.9]),
+        min_p=rng.choice([0.0, 0.0, 0.05]),
+        seed=rng.randrange(10),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
+        logit_bias=rng.choice([None, None, {rng.randrange(VOCABULARY): 3.0}]),
+        logprobs=rng.choice([None, None, 2]),
+        prompt_logprobs=rng.choice([None, None, None, 1]),
+        max_tokens=rng.randint(1, 24),
+        min_tokens=rng.choice([0, 0, 1]),
+        ignore_eos=rng.random() < 0.3,
+        output_kind=rng.choice(list(RequestOutputKind)),
+    )
+
+
+def random_prompts(rng: random.Random, count: int) -> list[list[int]]:
+    """Some of them share long beginnings."""
+    stems = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(4, 30))] for _ in range(2)]
+    prompts = []
+    for _ in range(count):
+        stem = rng.choice([*stems, []])
+        prompts.append(stem + [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 25))])
+    return prompts
+
+
+def facts(output) -> tuple:
+    """All that must not depend on how a request was served."""
+    completions = [(c.token_ids, c.finish_reason, c.stop_reason, c.cumulative_logprob) for c in output.outputs]
+    logprobs = [c.logprobs for c in output.outputs]
+    return completions, logprobs, output.prompt_logprobs
+
+
+def alone(prompt: list[int], params: SamplingParams | BeamSearchParams) -> tuple:
+    """The serial reference: one request in a large memory, whole prompt in one step, no cache."""
+    session = make_session(prefix_caching=False, eos_token_ids=(7,))
+    output = session.generate([prompt], params)[0]
+    if isinstance(params, SamplingParams) and params.output_kind is RequestOutputKind.DELTA:
+        raise AssertionError("the reference needs whole outputs")
+    check_idle(session)
+    return facts(output)
+
+
+def whole(params: SamplingParams | BeamSearchParams) -> SamplingParams | BeamSearchParams:
+    if isinstance(params, BeamSearchParams):
+        return params
+    fields = {name: getattr(params, name) for name in params.__dataclass_fields__}
+    return SamplingParams(**{**fields, "output_kind": RequestOutputKind.CUMULATIVE})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_blocks=st.integers(20, 80),
+    max_num_tokens=st.integers(1, 40),
+    max_num_seqs=st.integers(1, 10),
+    prefix_caching=st.booleans(),
+    max_prompt_logits=st.integers(1, 20),
+)
+def test_streams_equal_the_serial_reference(
+    seed: int, num_blocks: int, max_num_tokens: int, max_num_seqs: int, prefix_caching: bool, max_prompt_logits: int
+) -> None:
+    rng = random.Random(seed)
+    session = make_session(
+        num_blocks=num_blocks,
+        max_num_tokens=max_num_tokens,
+        max_num_seqs=max_num_seqs,
+        prefix_caching=prefix_caching,
+        max_prompt_logits=max_prompt_logits,
+        eos_token_ids=(7,),
+    )
+    todo = [(prompt, random_params(rng)) for prompt in random_prompts(rng, 8)]
+    wanted: dict[str, tuple] = {}
+    cancelled: set[str] = set()
+    streamed: dict[str, dict[int, list[int]]] = {}
+    final = {}
+    while todo or session.has_work:
+        while todo and rng.random() < 0.4:
+            prompt, params = todo.pop()
+            wanted[session.add(prompt, params, priority=rng.choice([0, 0, 1]))] = (prompt, params)
+        if wanted and rng.random() < 0.02:
+            victim = rng.choice(list(wanted))
+            if session.cancel(victim):
+                cancelled.add(victim)
+        for output in step_checked(session):
+            request = wanted[output.request_id]
+            if isinstance(request[1], SamplingParams) and request[1].output_kind is RequestOutputKind.DELTA:
+                for completion in output.outputs:
+                    stream = streamed.setdefault(output.request_id, {}).setdefault(completion.index, [])
+                    stream.extend(completion.token_ids)
+            if output.finished:
+                final[output.request_id] = output
+        assert session.stats().num_steps < 5000, "no progress"
+    check_idle(session)
+    assert final.keys() == wanted.keys()
+    for request_id, (prompt, params) in wanted.items():
+        if request_id in cancelled:
+            assert any(c.finish_reason == "abort" for c in final[request_id].outputs)
+            continue
+        expected = alone(prompt, whole(params))
+        if request_id in streamed:
+            tokens = [streamed[request_id][index] for index in sorted(streamed[request_id])]
+            assert tokens == [completion[0] for completion in expected[0]]
+        else:
+            assert facts(final[request_id]) == expected
+
+
+def test_preemption_happens_and_changes_nothing() -> None:
+    rng = random.Random(5)
+    prompts = random_prompts(rng, 12)
+    params = SamplingParams(n=2, max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)
+    small = make_session(num_blocks=26, max_num_tokens=16)
+    outputs = small.generate(prompts, params)
+    assert small.stats().num_preemptions > 10
+    assert [facts(output) for output in outputs] == [alone(prompt, params) for prompt in prompts]
+
+
+def test_first_come_first_served_within_a_priority() -> None:
+    session = make_session(max_num_seqs=1)
+    params = SamplingParams(max_tokens=3, temperature=0.0)
+    ids = [session.add([index], params, priority=priority) for index, priority in enumerate([1, 1, 0, 0])]
+    finished = list(run_to_end(session))
+    assert finished == [ids[2], ids[3], ids[0], ids[1]]
+
+
+def test_a_long_prompt_does_not_stall_running_streams() -> None:
+    session = make_session(max_num_tokens=8, max_model_len=400, num_blocks=400)
+    quick = session.add([1, 2, 3], SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True))
+    step_checked(session)
+    session.add(list(range(60)) * 5, SamplingParams(max_tokens=1, temperature=0.0), priority=-1)
+    for _ in range(20):
+        assert quick in [output.request_id for output in step_checked(session)]
+
+
+def test_no_request_starves_under_a_flood() -> None:
+    """A request that arrives is finished within a bounded number of steps although others keep coming."""
+    session = make_session(num_blocks=24, max_num_seqs=4, max_num_tokens=16)
+    rng = random.Random(2)
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    arrived: dict[str, int] = {}
+    delays = []
+    for step in range(1500):
+        if len(session.scheduler.waiting) < 3:
+            arrived[session.add([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 60))], params)] = step
+        for output in step_checked(session):
+            if output.finished:
+                delays.append(step - arrived.pop(output.request_id))
+    assert len(delays) > 50
+    assert max(delays) < 250
+    assert all(step > 1500 - 250 for step in arrived.values())
+
+
+def test_prefix_hits_save_work_and_are_reported() -> None:
+    session = make_session()
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    prompt = list(range(20))
+    first = session.generate([prompt], params)[0]
+    second = session.generate([prompt], params)[0]
+    other = session.generate([[*prompt[:8], 50, 51, 52, 53, 54]], params)[0]
+    unread = session.generate([prompt], SamplingParams(max_tokens=2, temperature=0.0, skip_reading_prefix_cache=True))[0]
+    assert [o.num_cached_tokens for o in (first, second, other, unread)] == [0, 16, 8, 0]
+    assert first.outputs == second.outputs == unread.outputs
+
+
+def test_other_salts_do_not_hit() -> None:
+    session = make_session()
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    for salt in ("a", "b", "a"):
+        session.add(list(range(20)), params, salt=salt)
+        run_to_end(session)
+    assert session.stats().num_prefix_hits == 16
+
+
+def test_parallel_samples_share_the_prompt_and_copy_on_write() -> None:
+    session = make_session(block_size=4)
+    session.add(list(range(10)), SamplingParams(n=4, max_tokens=30, seed=0))
+    step_checked(session)
+    assert session.stats().num_used_blocks == 3
+    assert session.stats().num_referenced_blocks == 12
+    step_checked(session)
+    # Two full blocks stay shared; of the partial one each sample has a copy, the last keeps the original.
+    assert session.stats().num_used_blocks == 2 + 4
+    assert session.engine.num_copies == 3
+    output = run_to_end(session)["request-0"]
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 4
+
+
+def test_prompt_is_computed_once_for_all_samples() -> None:
+    session = make_session(prefix_caching=False)
+    session.generate([list(range(40))], SamplingParams(n=8, max_tokens=5, ignore_eos=True))
+    assert session.stats().num_scheduled_tokens == 40 + 8 * 4
+
+
+def test_counters_balance() -> None:
+    session = make_session(num_blocks=30, eos_token_ids=(3,))
+    rng = random.Random(0)
+    outputs = []
+    ids = [session.add(prompt, SamplingParams(max_tokens=20, n=2)) for prompt in random_prompts(rng, 9)]
+    session.step()
+    session.cancel(ids[0])
+    while session.has_work:
+        outputs += [output for output in step_checked(session) if output.finished]
+    stats = session.stats()
+    assert stats.num_requests == sum(stats.finished.values()) == len(outputs) == 9
+    assert stats.finished["abort"] == 1
+    assert stats.num_generated_tokens == sum(len(c.token_ids) for o in outputs for c in o.outputs)
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_module_does_not_load_torch(module: str) -> None:
+    code = f"import sys, enginery.runtime.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
