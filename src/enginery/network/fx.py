@@ -229,6 +229,7 @@ class _Importer:
             name = "output" if len(specs) == 1 else f"output_{len(taken)}"
             taken[name] = value
             self.network.set_output(name, value)
+        self.network.prune()
 
 
 class _Unknown:
