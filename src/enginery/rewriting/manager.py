@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
 from enginery.errors import EngineryError, RewriteError, RewriteLimitError
 from enginery.network.layer import Layer, tensors_in
 from enginery.network.network import Network
-from enginery.network.operator import Operator, signature
+from enginery.network.operator import signature
 from enginery.network.tensor import Tensor
 from enginery.rewriting.binding import BoundRule, Way, bind
 from enginery.rewriting.edit import Edit, Pair, pairs_of, put_in_order, sign
@@ -68,7 +70,8 @@ class _Phase:
         ordered = sorted(rules, key=lambda rule: -rule.benefit)
         self._ways = [way for rule in ordered for way in rule.ways]
         self._args = {rule.label: {**rule.args, **args} for rule in rules}
-        self._by_op: dict[Operator, tuple[Way, ...]] = {}
+        self._by_op: dict[int, tuple[Way, ...]] = {}
+        """by the identity of the operator: hashing an OpOverload costs more than a rejected match"""
         self._reach = max((rule.height for rule in rules), default=1)
         self._limit = limit if limit is not None else 10 * len(network) + 1000
         self._journal: list[Edit] = []
@@ -83,14 +86,15 @@ class _Phase:
 
     def run(self) -> None:
         start = perf_counter()
-        for layer in self.network:
-            self._enter(layer)
-        queue, queued = self._queue, self._queued
-        while queue:
-            layer = queue.popleft()
-            queued.discard(layer)
-            if not layer.is_removed:
-                self._offer(layer)
+        with _no_collection():
+            for layer in self.network:
+                self._enter(layer)
+            queue, queued = self._queue, self._queued
+            while queue:
+                layer = queue.popleft()
+                queued.discard(layer)
+                if not layer.is_removed:
+                    self._offer(layer)
         self.report.layers_after = len(self.network)
         self.report.milliseconds = (perf_counter() - start) * 1e3
 
@@ -103,16 +107,16 @@ class _Phase:
         self._push(layer)
 
     def _push(self, layer: Layer) -> None:
-        ways = self._by_op.get(layer.op)
+        ways = self._by_op.get(id(layer.op))
         if ways is None:
-            ways = self._by_op[layer.op] = tuple(way for way in self._ways if way.accepts(layer))
+            ways = self._by_op[id(layer.op)] = tuple([way for way in self._ways if way.accepts(layer)])
         if ways and layer not in self._queued:
             self._queued.add(layer)
             self._queue.append(layer)
 
     def _offer(self, layer: Layer) -> None:
         clock = perf_counter()
-        for way in self._by_op[layer.op]:
+        for way in self._by_op[id(layer.op)]:
             fact = self._facts[way.rule.label]
             fact.tried += 1
             edit = self._try(way, layer, fact)
@@ -294,6 +298,18 @@ class _Phase:
         """Takes back the whole phase."""
         while self._journal:
             self._journal.pop().undo()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Puts the cycle collector off: a phase makes many objects and drops none, and full collections would dominate it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _covers(added: Sequence[Layer], old: Layer) -> bool:
