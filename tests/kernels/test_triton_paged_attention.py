@@ -78,7 +78,9 @@ def check(case: Case, plan: kernels.LaunchPlan | None = None) -> None:
     expected = paged_attention_reference(*wide, scale, **options)
     actual = kernels.paged_attention(*tensors, scale, **options, plan=plan)
     assert actual.dtype == case.dtype
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=TOLERANCE[case.dtype] * float(expected.abs().max()))
+    torch.testing.assert_close(
+        actual.double(), expected, rtol=0, atol=TOLERANCE[case.dtype] * float(expected.abs().max())
+    )
     # The caches are copies: equal to the bit, and untouched where nothing belongs.
     for written, wanted in zip(tensors[3:5], wide[3:5], strict=True):
         torch.testing.assert_close(written.double(), wanted, rtol=0, atol=0, equal_nan=True)
@@ -169,3 +171,35 @@ def test_a_cache_in_another_layout_is_refused() -> None:
     tensors = (*tensors[:3], tensors[3].transpose(1, 2).contiguous().transpose(1, 2), *tensors[4:])
     with pytest.raises(UnsupportedError, match="key_cache is not contiguous"):
         kernels.paged_attention(*tensors, 0.25, **options)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_batch() -> None:
+    """The same graph serves other lengths, pages and paddings: nothing of the batch was read at capture."""
+    first, options = build(Case(((300, 1), (5, 1), (40, 1), (0, 1)), dk=64, dv=64, dtype=torch.float16), seed=1)
+    buffers = [tensor.clone() for tensor in first]
+    kernels.paged_attention(*buffers, 0.125, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = kernels.paged_attention(*buffers, 0.125, **options)
+    other = Case(((290, 1), (17, 1)), dk=64, dv=64, dtype=torch.float16, padding=2, empty=2)
+    second, _ = build(other, seed=2)
+    wide = [tensor.double() if tensor.is_floating_point() else tensor.clone() for tensor in second]
+    for buffer, tensor in zip(buffers, second, strict=True):
+        buffer[tuple(slice(n) for n in tensor.shape)] = tensor
+    graph.replay()
+    expected = paged_attention_reference(*wide, 0.125)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("features", [{}, {"window": 700, "softcap": 20.0, "sinks": True, "alibi": True}], ids=["plain", "all"])
+def test_full_size_batches(dtype: torch.dtype, features: dict) -> None:
+    """The tiles of real models: long contexts split, large tiles of queries, decoding and prefill in one batch."""
+    draw = random.Random(int(torch.randint(1 << 30, ())))
+    decode = tuple((draw.randrange(3000), 1) for _ in range(12))
+    case = Case(decode, heads=32, kv_heads=8, dk=128, dv=128, dtype=dtype, **features)
+    check(case)
+    check(replace(case, sequences=(*decode[:5], (0, 300), (1000, 130), (77, 3), (2000, 33)), padding=7, empty=2))
+    check(replace(case, sequences=((5000, 1),)))

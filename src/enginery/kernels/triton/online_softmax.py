@@ -52,20 +52,21 @@ def exponent_scale(scale, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr):
 
 
 @triton.jit
-def attend_cached(
+def attend_tiles(
     sums, maximum, total, query, positions, slopes,
-    keys, values, table, key_block_stride, value_block_stride,
+    keys, values, table, key_stride, value_stride,
     start, stop, lowest, highest,
     scale, window, softcap,
     DK: tl.constexpr, DV: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """Takes the cached keys start..stop (in steps of BLOCK_N) into the state of the tile.
+    """Takes the keys start..stop (in steps of BLOCK_N) into the state of the tile; `positions` count from the same origin.
 
-    `keys` and `values` point at this kv head's rows of block 0. With MASKED, only keys in [lowest, highest) are read (the rest
-    of a page may hold anything, NaN too) and each row sees those at or before its position and inside its window. Without,
-    every key of the range must be visible to every row.
+    PAGED: `keys` and `values` point at this kv head's rows of block 0 and the strides are those between blocks; otherwise
+    the keys lie one after another with a stride each. With MASKED, only keys in [lowest, highest) are read (what lies beyond
+    may be anything, NaN too) and each row sees those at or before its position and inside its window. Without, every key
+    of the range must be visible to every row.
     """
     factor = exponent_scale(scale, HAS_SOFTCAP, HAS_ALIBI)
     key_columns = tl.arange(0, PADDED_DK)
@@ -73,12 +74,17 @@ def attend_cached(
     for first in tl.range(start, stop, BLOCK_N):
         offsets = first + tl.arange(0, BLOCK_N)
         inside = (offsets >= lowest) & (offsets < highest)
-        if MASKED:
-            blocks = tl.load(table + offsets // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        if PAGED:
+            if MASKED:
+                blocks = tl.load(table + offsets // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+            else:
+                blocks = tl.load(table + offsets // BLOCK_SIZE).to(tl.int64)
+            key_rows = blocks * key_stride + offsets % BLOCK_SIZE * DK
+            value_rows = blocks * value_stride + offsets % BLOCK_SIZE * DV
         else:
-            blocks = tl.load(table + offsets // BLOCK_SIZE).to(tl.int64)
-        within = offsets % BLOCK_SIZE
-        key = load_rows(keys, blocks * key_block_stride + within * DK, key_columns, inside, DK, PADDED_DK, MASKED)
+            key_rows = offsets.to(tl.int64) * key_stride
+            value_rows = offsets.to(tl.int64) * value_stride
+        key = load_rows(keys, key_rows, key_columns, inside, DK, PADDED_DK, MASKED)
         dots = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         distance = offsets[None, :] - positions[:, None]
         scores = modify_scores(dots, scale, softcap, slopes[:, None], distance, HAS_SOFTCAP, HAS_ALIBI)
@@ -91,7 +97,7 @@ def attend_cached(
         weights = tl.exp2(scores * factor - peak[:, None])
         decay = tl.exp2(maximum - peak)
         total = total * decay + tl.sum(weights, 1)
-        value = load_rows(values, blocks * value_block_stride + within * DV, value_columns, inside, DV, PADDED_DV, MASKED)
+        value = load_rows(values, value_rows, value_columns, inside, DV, PADDED_DV, MASKED)
         sums = tl.dot(weights.to(value.dtype), value, sums * decay[:, None], input_precision=PRECISION)
         maximum = peak
     return sums, maximum, total
@@ -100,14 +106,14 @@ def attend_cached(
 @triton.jit
 def attend_range(
     sums, maximum, total, query, positions, slopes,
-    keys, values, table, key_block_stride, value_block_stride,
+    keys, values, table, key_stride, value_stride,
     low, high, lowest, first_position, last_position,
     scale, window, softcap,
     DK: tl.constexpr, DV: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """`attend_cached` over [low, high), low a multiple of BLOCK_N, with masks only at the edges that need them.
+    """`attend_tiles` over [low, high), low a multiple of BLOCK_N, with masks only at the edges that need them.
 
     The tile's rows stand at first_position..last_position; none of them sees a key before `lowest`.
     """
@@ -116,19 +122,19 @@ def attend_range(
     if HAS_WINDOW:
         edge = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N) * BLOCK_N
         clear_low = tl.minimum(tl.maximum(low, edge), clear_high)
-        sums, maximum, total = attend_cached(
-            sums, maximum, total, query, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
-            low, clear_low, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+        sums, maximum, total = attend_tiles(
+            sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
+            low, clear_low, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED,
             True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
-    sums, maximum, total = attend_cached(
-        sums, maximum, total, query, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
-        clear_low, clear_high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+    sums, maximum, total = attend_tiles(
+        sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
+        clear_low, clear_high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED,
         False, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
     )  # fmt: skip
-    return attend_cached(
-        sums, maximum, total, query, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
-        clear_high, high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+    return attend_tiles(
+        sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
+        clear_high, high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED,
         True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
     )  # fmt: skip
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from enginery.errors import UnsupportedError
-from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E, attend_one, attend_range, load_rows
+from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E, attend_tiles, attend_one, attend_range, load_rows
 
-BATCH_SIZES = ["num_tokens", "num_sequences", "partial_rows"]
+BATCH_SIZES = ["num_sequences", "partial_rows", "table_stride"]
 """Arguments that change from step to step: compiling for their divisibility would stall a server."""
 
 
@@ -57,7 +58,11 @@ def write_cache(
         store_rows(target, heads * BLOCK_SIZE * DV, columns, data, inside, DV)
     if token >= tl.load(query_start + num_sequences):
         columns = tl.arange(0, PADDED_OUTPUT)
-        tl.store(output + token * HEADS * DV + columns, tl.zeros([PADDED_OUTPUT], output.dtype.element_ty), columns < HEADS * DV)
+        tl.store(
+            output + token * HEADS * DV + columns,
+            tl.zeros([PADDED_OUTPUT], output.dtype.element_ty),
+            columns < HEADS * DV,
+        )
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -68,16 +73,18 @@ def attend_short(
     scale, window, softcap,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    DECODE: tl.constexpr, PRECISION: tl.constexpr,
+    DECODE: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """One program per kv head, sequence and split. Split 0 also takes the new tokens, from `key` and `value`.
+    """One program per kv head, sequence and split. The last split, which has the fewest keys, also takes the new ones.
 
     With one split the result goes to `output`; otherwise the state of every row goes to `partial_sums [SPLITS, rows, Hq, DV]`
     and `partial_stats [2, SPLITS, rows, Hq]` (maximum, total), where a row is a token (DECODE) or sequence · BLOCK_Q + i.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
     HEADS: tl.constexpr = KV_HEADS * GROUPS
+    if OVERLAP:
+        gdc_launch_dependents()
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)
@@ -119,7 +126,7 @@ def attend_short(
         if HAS_WINDOW:
             lowest = tl.maximum(context + (first - begin) - window + 1, 0)
 
-        if split == 0:
+        if split == SPLITS - 1:
             if HAS_SINKS:
                 maximum = tl.load(sinks + head).to(tl.float32) * LOG2_E
                 total += 1.0
@@ -133,7 +140,11 @@ def attend_short(
                     slot = tl.load(slot_mapping + source).to(tl.int64)
                     block, within = slot // BLOCK_SIZE, slot % BLOCK_SIZE
                     tl.store(keys + block * key_block_stride + within * DK + key_columns, new_key, in_key & (slot >= 0))
-                    tl.store(values + block * value_block_stride + within * DV + value_columns, new_value, in_value & (slot >= 0))
+                    tl.store(
+                        values + block * value_block_stride + within * DV + value_columns,
+                        new_value,
+                        in_value & (slot >= 0),
+                    )
                 sums, maximum, total = attend_one(
                     sums, maximum, total, tile, positions, slopes, new_key, new_value, context + age,
                     scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
@@ -144,10 +155,11 @@ def attend_short(
         share = tl.cdiv(blocks, SPLITS)
         low = (first_block + split * share) * BLOCK_N
         high = tl.minimum(low + share * BLOCK_N, context)
-        sums, maximum, total = attend_range(
+        # Masked throughout: a second loop for the ragged end would pay for filling its pipeline again.
+        sums, maximum, total = attend_tiles(
             sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
-            low, high, lowest, context + (first - begin), context + (first - begin) + BLOCK_Q - 1, scale, window, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+            low, high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+            True, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
 
         if SPLITS == 1:
@@ -168,9 +180,11 @@ def attend_short(
 def merge_splits(
     partial_sums, partial_stats, query_start, output, num_sequences, partial_rows,
     HEADS: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
-    SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, DECODE: tl.constexpr,
+    SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, DECODE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per query head and row: output = Σ 2^(m_i − m)·sums_i / Σ 2^(m_i − m)·total_i over the splits i."""
+    if OVERLAP:
+        gdc_wait()
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     if DECODE:
@@ -195,8 +209,8 @@ def merge_splits(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def attend_long(
-    query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes, output, num_sequences,
-    query_stride, table_stride, key_block_stride, value_block_stride, scale, window, softcap,
+    query, key, value, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes, output, num_sequences,
+    query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride, scale, window, softcap,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PADDED_SEQUENCES: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
@@ -242,14 +256,24 @@ def attend_long(
         values = value_cache + kv_head * BLOCK_SIZE * DV
         table = block_tables + sequence.to(tl.int64) * table_stride
         lowest = 0
+        lowest_new = 0
         if HAS_WINDOW:
             lowest = tl.maximum(context + first - window + 1, 0)
-        low = lowest // BLOCK_N * BLOCK_N
-        high = tl.minimum(context + first + BLOCK_Q, context + (end - begin))
+            lowest_new = tl.maximum(first - window + 1, 0)
         sums, maximum, total = attend_range(
             sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
-            low, high, lowest, context + first, context + first + BLOCK_Q - 1, scale, window, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+            lowest // BLOCK_N * BLOCK_N, context, lowest, context + first, context + first + BLOCK_Q - 1,
+            scale, window, softcap,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        )  # fmt: skip
+        # The new tokens are read where the projections left them: side by side, without a table.
+        keys = key + begin.to(tl.int64) * key_stride + kv_head * DK
+        values = value + begin.to(tl.int64) * value_stride + kv_head * DV
+        high = tl.minimum(first + BLOCK_Q, end - begin)
+        sums, maximum, total = attend_range(
+            sums, maximum, total, tile, first + local_token, slopes, keys, values, table, key_stride, value_stride,
+            lowest_new // BLOCK_N * BLOCK_N, high, lowest_new, first, first + BLOCK_Q - 1, scale, window, softcap,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, False, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
         result = (sums / total[:, None]).to(output.dtype.element_ty)
         store_rows(output, (token * HEADS + head) * DV, value_columns, result, owned, DV)
@@ -273,6 +297,8 @@ class LaunchPlan:
     short: Tiling
     long: Tiling
     splits: int
+    overlap: bool = False
+    """Launch `merge_splits` while `attend_short` still runs (programmatic dependent launch, from compute capability 9.0)."""
 
     @property
     def launches(self) -> tuple[str, ...]:
@@ -309,7 +335,9 @@ def _processors(device: torch.device) -> int:
 
 def _check_layout(name: str, tensor: torch.Tensor) -> None:
     if not tensor[0].is_contiguous():
-        raise UnsupportedError(f"{name} is not contiguous within a block", "Allocate it as [blocks, Hkv, block_size, D]")
+        raise UnsupportedError(
+            f"{name} is not contiguous within a block", "Allocate it as [blocks, Hkv, block_size, D]"
+        )
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -346,7 +374,9 @@ def paged_attention(
     if plan is None:
         width, device = max(padded_dk, padded_dv), query.device
         capacity = table_width * block_size
-        plan = plan_launch(tokens, sequences, capacity, kv_heads, groups, width, query.element_size(), _processors(device))
+        plan = plan_launch(
+            tokens, sequences, capacity, kv_heads, groups, width, query.element_size(), _processors(device)
+        )
     output = query.new_empty(tokens, heads, dv)
     if tokens == 0:
         return output
@@ -384,7 +414,7 @@ def paged_attention(
     attend_short[(kv_heads, sequences, plan.splits)](
         query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes,
         output, partial_sums, partial_stats, sequences, rows, *strides, *numbers,
-        BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits, DECODE=plan.decode,
+        BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits, DECODE=plan.decode, OVERLAP=plan.overlap,
         num_warps=plan.short.num_warps, num_stages=plan.short.num_stages, **sizes, **features,
     )  # fmt: skip
     if plan.splits > 1:
@@ -392,12 +422,13 @@ def paged_attention(
             partial_sums, partial_stats, query_start, output, sequences, rows,
             HEADS=heads, DV=dv, PADDED_DV=padded_dv, BLOCK_Q=short_tokens,
             SPLITS=plan.splits, PADDED_SPLITS=triton.next_power_of_2(plan.splits), DECODE=plan.decode,
+            OVERLAP=plan.overlap, launch_pdl=plan.overlap,
         )  # fmt: skip
     if not plan.decode:
         long_tokens = plan.long.block_m // groups
         attend_long[(kv_heads, tokens // long_tokens + sequences)](
-            query, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes, output, sequences,
-            query.stride(0), block_tables.stride(0), *cache_strides, *numbers,
+            query, key, value, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes,
+            output, sequences, *strides, *numbers,
             BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
             PADDED_SEQUENCES=triton.next_power_of_2(sequences), SHORT=short_tokens,
             num_warps=plan.long.num_warps, num_stages=plan.long.num_stages, **sizes, **features,

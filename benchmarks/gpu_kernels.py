@@ -1,0 +1,332 @@
+"""How near do the GPU kernels come to the memory's and the matrix units' rate, and to cuDNN and cuBLAS?
+
+    python benchmarks/gpu_kernels.py [--tune] [--json FILE]
+
+The shapes are those of Llama-3.1-8B (32 query heads, 8 KV heads of 128, hidden 4096, intermediate 14336, vocabulary 128256)
+in bfloat16. A time is the median over replays of a CUDA graph that holds several calls on different data, so that nothing
+is left in the L2 cache from one call to the next. `--tune` times the candidates of every tile choice and prints the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import platform
+import statistics
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from enginery.kernels.triton import linear, paged_attention
+from enginery.kernels.triton.linear import Tiles
+from enginery.kernels.triton.paged_attention import LaunchPlan, Tiling, plan_launch
+
+HEADS, KV_HEADS, HEAD, BLOCK = 32, 8, 128, 16
+SCALE = HEAD**-0.5
+DECODE = ((1, 8192), (16, 8192), (128, 256), (256, 192))
+PREFILL = (1024, 8192)
+PROJECTIONS = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}
+ROWS = (1, 2, 4, 8, 16)
+L2_BYTES = 60 << 20
+
+
+def seconds(calls: list[Callable], replays: int = 9) -> float:
+    """Median time of one call, all of them captured in one graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e-3 / len(calls))
+    return statistics.median(times[2:])
+
+
+@dataclass
+class Batch:
+    """The call's tensors for `sequences` with `new` tokens each after `context` cached ones, for several layers' pools."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pools: list[tuple[torch.Tensor, torch.Tensor]]
+    metadata: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def random(cls, sequences: int, new: int, context: int, layers: int) -> Batch:
+        tokens, width = sequences * new, -(-(context + new) // BLOCK)
+        make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+        shape = (sequences * width, KV_HEADS, BLOCK, HEAD)
+        tables = torch.randperm(sequences * width, device="cuda").view(sequences, width).int()
+        places = torch.arange(context, context + new, device="cuda")
+        slots = (tables[:, places // BLOCK].long() * BLOCK + places % BLOCK).flatten()
+        start = torch.arange(sequences + 1, device="cuda", dtype=torch.int32) * new
+        lengths = torch.full((sequences,), context + new, device="cuda", dtype=torch.int32)
+        heads = [make(tokens, count, HEAD) for count in (HEADS, KV_HEADS, KV_HEADS)]
+        return cls(*heads, [(make(shape), make(shape)) for _ in range(layers)], (slots, tables, start, lengths))
+
+    def calls(self, plan: LaunchPlan | None = None) -> list[Callable]:
+        return [
+            partial(
+                paged_attention.paged_attention,
+                self.query,
+                self.key,
+                self.value,
+                *pool,
+                *self.metadata,
+                SCALE,
+                plan=plan,
+            )
+            for pool in self.pools
+        ]
+
+
+def layers_for(sequences: int, context: int) -> int:
+    """Pools enough that one call's cannot stay in the L2 until its next turn; at least eight calls a graph."""
+    return max(8, -(-4 * L2_BYTES // (sequences * context * KV_HEADS * HEAD * 4)))
+
+
+def default_plan(sequences: int, new: int, context: int) -> LaunchPlan:
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    return plan_launch(sequences * new, sequences, context, KV_HEADS, HEADS // KV_HEADS, HEAD, 2, processors)
+
+
+def decode(sequences: int, context: int, plans: Iterable[LaunchPlan | None]) -> dict[LaunchPlan | None, float]:
+    """TB/s of keys and values read, `context` counting the new token."""
+    batch = Batch.random(sequences, 1, context - 1, layers_for(sequences, context))
+    volume = sequences * context * KV_HEADS * HEAD * 2 * 2
+    return {plan: volume / seconds(batch.calls(plan)) / 1e12 for plan in plans}
+
+
+def prefill(tokens: int, plans: Iterable[LaunchPlan | None]) -> dict[LaunchPlan | None, float]:
+    """TFLOP/s of causal attention over one fresh sequence, the writing of the cache included."""
+    batch = Batch.random(1, tokens, 0, 4)
+    work = 4 * HEADS * HEAD * tokens * (tokens + 1) / 2
+    return {plan: work / seconds(batch.calls(plan)) / 1e12 for plan in plans}
+
+
+def sdpa_decode(sequences: int, context: int, backend: SDPBackend) -> float:
+    """torch's attention over dense keys and values, in the same unit as `decode`."""
+    make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    query = make(sequences, HEADS, 1, HEAD)
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    shape = (sequences, KV_HEADS, context, HEAD)
+    with sdpa_kernel(backend):
+        calls = [partial(attend, query, make(shape), make(shape)) for _ in range(layers_for(sequences, context))]
+        return sequences * context * KV_HEADS * HEAD * 4 / seconds(calls) / 1e12
+
+
+def sdpa_prefill(tokens: int, backend: SDPBackend) -> float:
+    make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    query, key, value = (make(1, count, tokens, HEAD) for count in (HEADS, KV_HEADS, KV_HEADS))
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    with sdpa_kernel(backend):
+        return 4 * HEADS * HEAD * tokens * (tokens + 1) / 2 / seconds([partial(attend, query, key, value)] * 4) / 1e12
+
+
+def weights_for(features: int, depth: int) -> list[torch.Tensor]:
+    copies = max(2, -(-5 * L2_BYTES // (features * depth * 2)))
+    return [torch.randn(features, depth, device="cuda", dtype=torch.bfloat16) / depth**0.5 for _ in range(copies)]
+
+
+def project(weights: list[torch.Tensor], rows: int, function: Callable) -> float:
+    """TB/s of weights read."""
+    input = torch.randn(rows, weights[0].shape[1], device="cuda", dtype=weights[0].dtype)
+    return weights[0].numel() * 2 / seconds([partial(function, input, weight) for weight in weights]) / 1e12
+
+
+def decode_candidates(splits: Iterable[int]) -> list[LaunchPlan]:
+    shapes = [
+        (32, 4, 4),
+        (32, 4, 5),
+        (32, 4, 6),
+        (32, 2, 5),
+        (64, 4, 3),
+        (64, 4, 5),
+        (64, 8, 3),
+        (64, 8, 5),
+        (128, 8, 3),
+        (128, 8, 4),
+    ]
+    base = default_plan(1, 1, 8192)
+    tilings = [Tiling(16, *shape) for shape in shapes]
+    return [
+        replace(base, short=tiling, splits=count, overlap=overlap)
+        for tiling, count, overlap in itertools.product(tilings, splits, (False, True))
+        if count > 1 or not overlap
+    ]
+
+
+DECODE_SPLITS = {(1, 8192): (16, 32, 64), (16, 8192): (2, 4, 8), (128, 256): (1, 2), (256, 192): (1,)}
+
+
+def prefill_candidates() -> list[LaunchPlan]:
+    shapes = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 4, 3),
+              (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 32, 4, 4), (128, 64, 4, 3)]  # fmt: skip
+    return [replace(default_plan(1, 1024, 1024), long=Tiling(*shape)) for shape in shapes]
+
+
+def linear_candidates(rows: int) -> list[Tiles]:
+    in_registers = [(1, 1024), (1, 2048), (2, 1024), (2, 2048), (4, 512), (4, 1024), (8, 256), (8, 512), (16, 256)]
+    by_rows = [
+        Tiles("rows", *shape, warps, stages) for shape, warps, stages in itertools.product(in_registers, (4, 8), (1, 3))
+    ]
+    by_tiles = [
+        Tiles("tiles", block_n, block_k, warps, stages)
+        for (block_n, warps), (block_k, stages) in itertools.product(
+            ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4)), ((64, 8), (128, 4), (128, 6), (256, 3), (256, 5))
+        )
+        if (block_n + 16) * block_k * 2 * stages <= 200_000
+    ]
+    return [*(by_rows if rows <= 4 else []), *by_tiles]
+
+
+def compile_one(job: LaunchPlan | tuple[Tiles, int, int]) -> str:
+    """Runs a candidate once on little data, for Triton's cache on disk; returns why it cannot be compiled, or nothing."""
+    try:
+        if isinstance(job, LaunchPlan):
+            batch = Batch.random(1, 1, 63, 1) if job.decode else Batch.random(1, 32, 0, 1)
+            batch.calls(job)[0]()
+        else:
+            tiles, rows, depth = job
+            make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+            linear.skinny_linear(make(rows, depth), make(64, depth), tiles=tiles)
+        torch.cuda.synchronize()
+    except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+        return f"{job}: {str(error).splitlines()[0]}"
+    return ""
+
+
+def compile_all(jobs: list, workers: int) -> list:
+    """The jobs that compile."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failures = list(pool.map(compile_one, jobs))
+    for failure in filter(None, failures):
+        print("does not compile:", failure[:150])
+    return [job for job, failure in zip(jobs, failures, strict=True) if not failure]
+
+
+def candidates() -> list:
+    splits = sorted({count for counts in DECODE_SPLITS.values() for count in counts})
+    jobs: list = [*decode_candidates(splits), *prefill_candidates()]
+    for rows in (1, 2, 4, 8):
+        jobs += [
+            (tiles, rows, depth)
+            for tiles in linear_candidates(rows)
+            if rows in (1, 8) or tiles.kernel == "rows"
+            for depth in (4096, 14336)
+        ]
+    return jobs
+
+
+def tune(workers: int) -> dict:
+    good = set(compile_all(candidates(), workers))
+    results: dict = {}
+    for (sequences, context), counts in DECODE_SPLITS.items():
+        rates = decode(sequences, context, [plan for plan in decode_candidates(counts) if plan in good])
+        results[f"decode {sequences} x {context}"] = ranked(
+            {(p.short, p.splits, p.overlap): rate for p, rate in rates.items()}, 6
+        )
+    for tokens in PREFILL:
+        rates = prefill(tokens, [plan for plan in prefill_candidates() if plan in good])
+        results[f"prefill {tokens}"] = ranked({plan.long: rate for plan, rate in rates.items()}, 6)
+    for name, (features, depth) in PROJECTIONS.items():
+        weights = weights_for(features, depth)
+        for rows in ROWS:
+            usable = [t for t in linear_candidates(rows) if {(t, 1, depth), (t, 8, depth), (t, rows, depth)} & good]
+            rates = {t: project(weights, rows, partial(linear.skinny_linear, tiles=t)) for t in usable}
+            results[f"{name} {rows} rows"] = ranked(rates, 6)
+    return results
+
+
+def ranked(rates: dict, count: int) -> list[tuple[str, float]]:
+    best = sorted(rates.items(), key=lambda item: -item[1])[:count]
+    return [(str(key), round(rate, 3)) for key, rate in best]
+
+
+def measure() -> dict:
+    """Our kernels as they are chosen, beside torch's."""
+    results: dict = {}
+    for sequences, context in DECODE:
+        results[f"decode {sequences} x {context}, TB/s"] = {
+            "enginery": decode(sequences, context, [None])[None],
+            "cudnn (dense)": sdpa_decode(sequences, context, SDPBackend.CUDNN_ATTENTION),
+            "flash (dense)": sdpa_decode(sequences, context, SDPBackend.FLASH_ATTENTION),
+        }
+    for tokens in PREFILL:
+        results[f"prefill {tokens}, TFLOP/s"] = {
+            "enginery": prefill(tokens, [None])[None],
+            "cudnn (dense)": sdpa_prefill(tokens, SDPBackend.CUDNN_ATTENTION),
+            "flash (dense)": sdpa_prefill(tokens, SDPBackend.FLASH_ATTENTION),
+        }
+    for name, (features, depth) in PROJECTIONS.items():
+        weights = weights_for(features, depth)
+        for rows in ROWS:
+            results[f"{name} {rows} rows, TB/s"] = {
+                "enginery": project(weights, rows, linear.skinny_linear),
+                "cublas": project(weights, rows, torch.nn.functional.linear),
+            }
+    return results
+
+
+def read_bandwidth() -> float:
+    """TB/s of a reduction that reads 4 GB: the limit for every rate of this file that is in TB/s."""
+    data = torch.ones(1 << 30, device="cuda", dtype=torch.float32)
+    return data.numel() * 4 / seconds([data.sum] * 2) / 1e12
+
+
+def versions() -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="time all candidates, then print the best")
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile candidates (default: 8)")
+    parser.add_argument("--json", type=Path, help="file that receives the results")
+    parser.add_argument("--compile", action="store_true", help="only compile the candidates, for a later --tune")
+    arguments = parser.parse_args()
+    if arguments.compile:
+        compile_all(candidates(), arguments.workers)
+        return
+    results = {"versions": versions(), "read bandwidth, TB/s": read_bandwidth(), "measured": measure()}
+    for name, rates in results["measured"].items():
+        print(f"{name:32}" + "  ".join(f"{who} {rate:7.2f}" for who, rate in rates.items()), flush=True)
+    if arguments.tune:
+        results["tuned"] = tune(arguments.workers)
+        for name, best in results["tuned"].items():
+            print(name, *(f"\n    {rate:8.3f}  {key}" for key, rate in best))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
