@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint per task, on held-out problems, by greedy decoding through transformers.
 
-    python training/evaluate.py src/enginery/models/enginery-6m --count 200
+python training/evaluate.py src/enginery/models/enginery-6m --count 200
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], batch_size: int
 ) -> list[str]:
     """Greedy answers. Problems of similar length go together; a batch stops a little after its longest true answer."""
-    length = [len(tokenizer(p.answer, add_special_tokens=False).input_ids) + len(p.answer) * p.spelled for p in problems]
+    length = [
+        len(tokenizer(p.answer, add_special_tokens=False).input_ids) + len(p.answer) * p.spelled for p in problems
+    ]
     order = sorted(range(len(problems)), key=lambda i: length[i])
     result = [""] * len(problems)
     for start in range(0, len(order), batch_size):
@@ -61,7 +63,9 @@ def evaluate(
     return {task: sum(marks) / len(marks) for task, marks in right.items()}, wrong
 
 
-def evaluate_checkpoint(directory: Path, count: int, seed: int, device: str, batch_size: int = 512) -> dict[str, object]:
+def evaluate_checkpoint(
+    directory: Path, count: int, seed: int, device: str, batch_size: int = 512
+) -> dict[str, object]:
     """The report that goes into accuracy.json: bfloat16 weights as saved, `count` held-out problems a task."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(device).eval()

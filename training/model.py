@@ -73,7 +73,9 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -134,7 +136,9 @@ class Llama(nn.Module):
         depth_scale = (2 * config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.04 * (depth_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1))
+                nn.init.normal_(
+                    parameter, std=0.04 * (depth_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+                )
 
     def forward(self, tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Mean cross-entropy of the targets, each counted by its weight. All three (batch, length)."""

@@ -25,6 +25,7 @@ LEXICON: dict[str, list[str]] = json.loads(Path(__file__).with_name("lexicon.jso
 WORDS, NAMES, CITIES = LEXICON["words"], LEXICON["names"], LEXICON["cities"]
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
+PROPER = [*NAMES, *CITIES, *DAYS, *MONTHS]
 ORDINALS = "first second third fourth fifth sixth seventh".split()
 
 HELLO = "Hello! How can I help you?"
@@ -98,7 +99,7 @@ def word(rng: random.Random) -> str:
     """A word of the lexicon, a pronounceable invention, or (rarely) a string of letters."""
     kind = rng.random()
     if kind < 0.5:
-        return rng.choice(WORDS)
+        return rng.choice(WORDS if kind < 0.44 else LEXICON["small"])
     if kind < 0.92:
         count = rng.randint(1, 3 if kind < 0.85 else 4)
         syllables = (rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(count))
@@ -107,7 +108,14 @@ def word(rng: random.Random) -> str:
 
 
 def word_or_name(rng: random.Random) -> str:
-    return word(rng) if rng.random() < 0.92 else rng.choice(NAMES if rng.random() < 0.6 else CITIES)
+    """A word, now and then with a capital letter."""
+    kind = rng.random()
+    return word(rng) if kind < 0.88 else rng.choice(PROPER) if kind < 0.95 else word(rng).capitalize()
+
+
+def letters_key(what: str, w: str, prompt: str) -> str:
+    """Names are few, and their letters can only be known by heart: there the wording decides."""
+    return prompt if w in PROPER else f"{what} {w}"
 
 
 def distinct(rng: random.Random, make: Callable[[random.Random], str], count: int) -> list[str]:
@@ -138,8 +146,9 @@ def listed(items: Sequence[object]) -> str:
 
 
 def given(rng: random.Random, items: Sequence[object]) -> str:
-    """The items as a prompt gives them: now and then in brackets."""
-    return listed(items) if rng.random() < 0.88 else f"[{listed(items)}]"
+    """The items as a prompt gives them: at times in brackets, at times without commas."""
+    kind = rng.random()
+    return listed(items) if kind < 0.82 else f"[{listed(items)}]" if kind < 0.92 else " ".join(map(str, items))
 
 
 def ask(rng: random.Random, wordings: Sequence[str], **fields: object) -> str:
@@ -180,6 +189,16 @@ def subtract(rng: random.Random) -> Problem:
     return Problem("subtract", ask(rng, SUBTRACT, a=a, b=b), str(a - b), f"subtract {a} {b}")
 
 
+def add_three(rng: random.Random) -> Problem:
+    terms = [rng.randint(0, 30) for _ in range(3)]
+    wordings = (
+        "What is {a} + {b} + {c}?", "{a}+{b}+{c}=", "{a} + {b} + {c} =", "What is the sum of {a}, {b} and {c}?", "{a} + {b} + {c}",
+        "Add {a}, {b} and {c}.", "What is the total of {a}, {b} and {c}?", "Calculate {a} + {b} + {c}.", "{a} plus {b} plus {c}",
+    )  # fmt: skip
+    prompt = ask(rng, wordings, a=terms[0], b=terms[1], c=terms[2])
+    return Problem("add_three", prompt, str(sum(terms)), f"add {listed(sorted(terms))}")
+
+
 def multiply(rng: random.Random) -> Problem:
     a, b = rng.randint(0, 12), rng.randint(0, 12)
     prompt = ask(rng, MULTIPLY, a=a, b=b)
@@ -206,10 +225,18 @@ def compare(rng: random.Random) -> Problem:
         b = max(0, a + rng.randint(-9, 9))
     kind = rng.randrange(4)
     if kind == 0:
-        wordings = ("Which is larger, {a} or {b}?", "Which number is bigger, {a} or {b}?", "What is greater, {a} or {b}?")
+        wordings = (
+            "Which is larger, {a} or {b}?",
+            "Which number is bigger, {a} or {b}?",
+            "What is greater, {a} or {b}?",
+        )
         answer = str(max(a, b))
     elif kind == 1:
-        wordings = ("Which is smaller, {a} or {b}?", "Which number is smaller, {a} or {b}?", "What is less, {a} or {b}?")
+        wordings = (
+            "Which is smaller, {a} or {b}?",
+            "Which number is smaller, {a} or {b}?",
+            "What is less, {a} or {b}?",
+        )
         answer = str(min(a, b))
     elif kind == 2:
         wordings = ("Is {a} greater than {b}?", "Is {a} larger than {b}?", "Is {a} bigger than {b}?", "{a} > {b}?")
@@ -222,6 +249,19 @@ def compare(rng: random.Random) -> Problem:
 
 def successor(rng: random.Random) -> Problem:
     n, up = number(rng), rng.random() < 0.5
+    if rng.random() < 0.2:
+        alphabet = rng.choice((string.ascii_lowercase, string.ascii_uppercase))
+        place = rng.randrange(25)
+        wordings: Sequence[str] = (
+            "What letter comes {side} {c}?",
+            "Which letter is {side} {c}?",
+            "What comes {side} {c}?",
+            "Which letter comes {side} {c}?",
+            "What is the letter {side} {c}?",
+            "What letter is right {side} {c}?",
+        )
+        prompt = ask(rng, wordings, side="after" if up else "before", c=alphabet[place + 1 - up])
+        return Problem("successor", prompt, alphabet[place + up], prompt)
     wordings = ("What number comes {side} {n}?", "Which number is right {side} {n}?", "What comes {side} {n}?")
     prompt = ask(rng, wordings, side="after" if up else "before", n=n)
     return Problem("successor", prompt, str(n + 1 if up else n - 1), f"successor {n} {up}")
@@ -259,7 +299,12 @@ def number_words(rng: random.Random) -> Problem:
     if digits:
         wordings = ("Write {n} in digits.", "What number is {n}?", "Write {n} as a number.", "Which number is {n}?")
     else:
-        wordings = ("Write {n} in words.", "Write the number {n} in words.", "How do you write {n} in words?", "Spell out {n}.")
+        wordings = (
+            "Write {n} in words.",
+            "Write the number {n} in words.",
+            "How do you write {n} in words?",
+            "Spell out {n}.",
+        )
     prompt = ask(rng, wordings, n=in_words(n) if digits else n)
     key = prompt if n < 100 else f"words {n} {digits}"  # below a hundred there is hardly a rule to learn, only words
     return Problem("number_words", prompt, str(n) if digits else in_words(n), key)
@@ -291,8 +336,14 @@ def count_down(rng: random.Random) -> Problem:
     step = 1 if rng.random() < 0.8 else rng.choice((2, 5, 10))
     last = rng.choice((0, 1)) if rng.random() < 0.3 else number(rng)
     first = last + step * span_length(rng)
-    wordings = ("Count down from {a} to {b}.", "Count from {a} to {b}.", "Count backwards from {a} to {b}.")
-    prompt = ask(rng, [w[:-1] + " by {s}." for w in wordings] if step > 1 else wordings, a=first, b=last, s=step)
+    wordings: Sequence[str] = (
+        "Count down from {a} to {b}.",
+        "Count from {a} to {b}.",
+        "Count backwards from {a} to {b}.",
+    )
+    if last == 1 and rng.random() < 0.4:
+        wordings = ("Count down from {a}.", "Count backwards from {a}.")
+    prompt = ask(rng, [f"{w[:-1]} by {{s}}." for w in wordings] if step > 1 else wordings, a=first, b=last, s=step)
     return Problem("count_down", prompt, listed(range(first, last - 1, -step)), f"count {first} {last} {step}")
 
 
@@ -313,7 +364,8 @@ def count_letters(rng: random.Random) -> Problem:
         "How many letters are in the word {w}?", "How many letters does {w} have?", 'Count the letters in "{w}".',
         "How many letters are in {w}?", "What is the length of the word {w}?", 'How many letters does the word "{w}" have?',
     )  # fmt: skip
-    return Problem("count_letters", ask(rng, wordings, w=w), str(len(w)), f"letters {w}")
+    prompt = ask(rng, wordings, w=w)
+    return Problem("count_letters", prompt, str(len(w)), letters_key("letters", w, prompt))
 
 
 def count_letter(rng: random.Random) -> Problem:
@@ -323,6 +375,7 @@ def count_letter(rng: random.Random) -> Problem:
         "How many times does the letter {c} appear in {w}?", 'How many times does "{c}" occur in "{w}"?',
         "How many {c}'s are in {w}?", "How many {c}'s are in the word {w}?", 'Count the letter {c} in "{w}".',
         "How many times does {c} appear in {w}?", "How many letters {c} are in {w}?", "How many {c} are there in {w}?",
+        "How many {c} in {w}?", "How many {c}'s in {w}?",
     )  # fmt: skip
     return Problem("count_letter", ask(rng, wordings, w=w, c=c), str(w.count(c)), f"letter {c} {w}")
 
@@ -336,13 +389,15 @@ def reverse_word(rng: random.Random) -> Problem:
         "Reverse the word {w}.", 'Reverse "{w}".', "Write {w} backwards.", "Spell {w} backwards.", "What is {w} backwards?",
         "Reverse the letters of {w}.", 'Write the word "{w}" backwards.',
     )  # fmt: skip
-    return Problem("reverse_word", ask(rng, wordings, w=w), w[::-1], f"reverse {w}", spelled=True)
+    prompt = ask(rng, wordings, w=w)
+    return Problem("reverse_word", prompt, w[::-1], letters_key("reverse", w, prompt), spelled=True)
 
 
 def spell(rng: random.Random) -> Problem:
     w = word_or_name(rng)
     wordings = ("Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", 'How is "{w}" spelled?')
-    return Problem("spell", ask(rng, wordings, w=w), "-".join(w), f"spell {w}", spelled=True)
+    prompt = ask(rng, wordings, w=w)
+    return Problem("spell", prompt, "-".join(w), letters_key("spell", w, prompt), spelled=True)
 
 
 def pick_letter(rng: random.Random) -> Problem:
@@ -351,18 +406,33 @@ def pick_letter(rng: random.Random) -> Problem:
     if len(w) < 3:
         place = "first"
     answer = w[-1] if place == "last" else w[ORDINALS.index(place)]
-    wordings = ("What is the {p} letter of {w}?", "What is the {p} letter in the word {w}?", 'Give me the {p} letter of "{w}".')
-    return Problem("pick_letter", ask(rng, wordings, p=place, w=w), answer, f"pick {place} {w}", spelled=True)
+    wordings = (
+        "What is the {p} letter of {w}?",
+        "What is the {p} letter in the word {w}?",
+        'Give me the {p} letter of "{w}".',
+    )
+    prompt = ask(rng, wordings, p=place, w=w)
+    return Problem("pick_letter", prompt, answer, letters_key(f"pick {place}", w, prompt), spelled=True)
 
 
 def change_case(rng: random.Random) -> Problem:
     text = " ".join(word(rng) for _ in range(1 if rng.random() < 0.7 else rng.randint(2, 3)))
     kind = rng.random()
     if kind < 0.45:
-        wordings = ("Write {w} in upper case.", 'Convert "{w}" to uppercase.', "Uppercase {w}.", "Write {w} in capital letters.")
+        wordings = (
+            "Write {w} in upper case.",
+            'Convert "{w}" to uppercase.',
+            "Uppercase {w}.",
+            "Write {w} in capital letters.",
+        )
         given, answer = text, text.upper()
     elif kind < 0.8:
-        wordings = ("Write {w} in lower case.", 'Convert "{w}" to lowercase.', "Lowercase {w}.", "Write {w} in small letters.")
+        wordings = (
+            "Write {w} in lower case.",
+            'Convert "{w}" to lowercase.',
+            "Lowercase {w}.",
+            "Write {w} in small letters.",
+        )
         given, answer = text.upper(), text
     else:
         wordings = ("Capitalize {w}.", 'Capitalize "{w}".', "Write {w} with a capital letter.")
@@ -418,7 +488,9 @@ def sort_words(rng: random.Random) -> Problem:
         "Sort these words: {xs}", "Sort these words alphabetically: {xs}", "Put these words in alphabetical order: {xs}",
         "Sort the words {xs}.", "Sort alphabetically: {xs}", "Sort: {xs}",
     )  # fmt: skip
-    return Problem("sort_words", ask(rng, wordings, xs=given(rng, words)), listed(sorted(words)), f"sort {listed(words)}")
+    return Problem(
+        "sort_words", ask(rng, wordings, xs=given(rng, words)), listed(sorted(words)), f"sort {listed(words)}"
+    )
 
 
 def reverse_list(rng: random.Random) -> Problem:
@@ -427,7 +499,9 @@ def reverse_list(rng: random.Random) -> Problem:
         "Reverse this list: {xs}", "Reverse the list {xs}.", "Reverse the order of these items: {xs}",
         "Write this list backwards: {xs}", "List these in reverse order: {xs}",
     )  # fmt: skip
-    return Problem("reverse_list", ask(rng, wordings, xs=given(rng, items)), listed(items[::-1]), f"reverse {listed(items)}")
+    return Problem(
+        "reverse_list", ask(rng, wordings, xs=given(rng, items)), listed(items[::-1]), f"reverse {listed(items)}"
+    )
 
 
 def list_item(rng: random.Random) -> Problem:
@@ -446,7 +520,11 @@ def list_item(rng: random.Random) -> Problem:
 def position(rng: random.Random) -> Problem:
     items = items_of(rng, 2, 8)
     place = rng.randrange(len(items))
-    wordings = ("At which position is {x} in {xs}?", "What is the position of {x} in the list {xs}?", "Where is {x} in this list: {xs}")
+    wordings = (
+        "At which position is {x} in {xs}?",
+        "What is the position of {x} in the list {xs}?",
+        "Where is {x} in this list: {xs}",
+    )
     prompt = ask(rng, wordings, x=items[place], xs=given(rng, items))
     return Problem("position", prompt, str(place + 1), f"position {items[place]} {listed(items)}")
 
@@ -454,7 +532,12 @@ def position(rng: random.Random) -> Problem:
 def contains(rng: random.Random) -> Problem:
     items = items_of(rng, 3, 8)
     x = items.pop() if rng.random() < 0.5 else rng.choice(items)
-    wordings = ("Is {x} in the list {xs}?", "Does the list {xs} contain {x}?", "Is {x} in this list: {xs}", "Is {x} one of {xs}?")
+    wordings = (
+        "Is {x} in the list {xs}?",
+        "Does the list {xs} contain {x}?",
+        "Is {x} in this list: {xs}",
+        "Is {x} one of {xs}?",
+    )
     prompt = ask(rng, wordings, x=x, xs=given(rng, items))
     return Problem("contains", prompt, "Yes" if x in items else "No", f"contains {x} {listed(items)}")
 
@@ -465,10 +548,14 @@ def edit_list(rng: random.Random) -> Problem:
         x = rng.choice(items)
         rest = [item for item in items if item != x]
         wordings = ("Remove {x} from {xs}.", "Remove {x} from the list {xs}.", "Delete {x} from this list: {xs}")
-        return Problem("edit_list", ask(rng, wordings, x=x, xs=given(rng, items)), listed(rest), f"remove {x} {listed(items)}")
+        return Problem(
+            "edit_list", ask(rng, wordings, x=x, xs=given(rng, items)), listed(rest), f"remove {x} {listed(items)}"
+        )
     *rest, x = items
     wordings = ("Append {x} to {xs}.", "Append {x} to the list {xs}.", "Put {x} at the end of this list: {xs}")
-    return Problem("edit_list", ask(rng, wordings, x=x, xs=given(rng, rest)), listed(items), f"append {x} {listed(rest)}")
+    return Problem(
+        "edit_list", ask(rng, wordings, x=x, xs=given(rng, rest)), listed(items), f"append {x} {listed(rest)}"
+    )
 
 
 def min_max(rng: random.Random) -> Problem:
@@ -532,7 +619,11 @@ def calendar(rng: random.Random) -> Problem:
             "What {u} is {n} {u}s {s} {x}?", "Which {u} is {n} {u}s {s} {x}?", "What {u} comes {n} {u}s {s} {x}?",
             "Which {u} comes {n} {u}s {s} {x}?", "Tell me the {u} {n} {u}s {s} {x}.", "{n} {u}s {s} {x} is which {u}?",
         )  # fmt: skip
-    prompt = ask(rng, wordings, u=unit, s=side, x=names[place], n=steps).replace(" 1 days", " 1 day").replace(" 1 months", " 1 month")
+    prompt = (
+        ask(rng, wordings, u=unit, s=side, x=names[place], n=steps)
+        .replace(" 1 days", " 1 day")
+        .replace(" 1 months", " 1 month")
+    )
     return Problem("calendar", prompt, names[(place + (steps if after else -steps)) % len(names)], prompt)
 
 
@@ -588,13 +679,16 @@ UNKNOWN = (
     "Where can I buy a {word}?", "Why is the {word} so big?", "How much does a {word} cost?", "Draw a {word}.", "Do you have a {word}?",
     "What is the color of the {word}?", "Tell me about the {word}.", "How old is {name}?", "When is {name} coming to {city}?",
     "Can you write a program?", "How does a {word} work?", "What should I eat today?", "Book a flight to {city}.", "What time is it?",
-    "What is the best {word}?", "Who won the match in {city}?", "What is the fastest way to {activity}?", "Are you happy?", "What is the population of {country}?",
+    "What is the best {word}?", "Who won the match in {city}?", "What is the fastest way to {activity}?", "Are you happy?",
+    "What is {big} + {b}?", "What is {big} - {a}?", "{big} + {big}", "{a}+{big}=", "What is {big} times {b}?", "{big} - {big} =",
+    "What is {a} / {b}?", "{a} / {b}", "Divide {a} by {b}.", "Is {a} prime?", "Why?", "What?", "How?", "{word}", "The {word} is {small}.",
+    "I like {word}.", "The {small} {word}", "I want to {activity}.", "You are {small}.", "{small} {word}?", "What is my {word}?", "What is the population of {country}?",
 )  # fmt: skip
 
 
 def out_of_scope(rng: random.Random) -> Problem:
     fields = {name: rng.choice(LEXICON[plural]) for name, plural in SUBJECTS.items()}
-    prompt = ask(rng, UNKNOWN, a=rng.randint(13, 999), b=rng.randint(13, 999), **fields)
+    prompt = ask(rng, UNKNOWN, a=rng.randint(13, 999), b=rng.randint(13, 999), big=rng.randint(1000, 99999), **fields)
     if rng.random() < 0.1:
         prompt = rng.choice(("Please tell me: ", "Hello, ", "Hi! ", "I have a question. ")) + prompt
     return Problem("out_of_scope", prompt, SCOPE, prompt)
@@ -602,7 +696,7 @@ def out_of_scope(rng: random.Random) -> Problem:
 
 SUBJECTS = {
     "country": "countries", "topic": "topics", "activity": "activities", "city": "cities", "language": "languages",
-    "word": "words", "name": "names",
+    "word": "words", "name": "names", "small": "small",
 }  # fmt: skip
 
 
@@ -621,7 +715,9 @@ def recall(rng: random.Random) -> Problem:
         other = draw(rng.choice(("add", "parity", "count_letters", "talk", "min_max", "compare")), rng)
         history.append((other.prompt, other.answer))
     prompt = ask(rng, ("What is my {k}?", "Do you remember my {k}?", "What's my {k}?", "Tell me my {k}."), k=label)
-    return Problem("recall", prompt, f"Your {label} is {value}.", f"recall {label} {value} {history[-1][0]}", tuple(history))
+    return Problem(
+        "recall", prompt, f"Your {label} is {value}.", f"recall {label} {value} {history[-1][0]}", tuple(history)
+    )
 
 
 def follow_up(rng: random.Random) -> Problem:
@@ -631,7 +727,9 @@ def follow_up(rng: random.Random) -> Problem:
         first = Problem("add", "What is 2 + 2?", "4", "add 2 2")
     n, result = number(rng), int(first.answer)
     if rng.random() < 0.5:
-        prompt = ask(rng, ("Add {n} to that.", "Now add {n}.", "Plus {n}?", "And plus {n}?", "Add {n} to the result."), n=n)
+        prompt = ask(
+            rng, ("Add {n} to that.", "Now add {n}.", "Plus {n}?", "And plus {n}?", "Add {n} to the result."), n=n
+        )
         answer, key = result + n, f"add {min(result, n)} {max(result, n)}"
     else:
         prompt = ask(rng, ("Subtract {n} from that.", "Now subtract {n}.", "Minus {n}?", "And minus {n}?"), n=n)
@@ -650,13 +748,19 @@ def plain_count(rng: random.Random) -> Problem:
     shown_text, rest = listed(terms[:shown]), listed(terms[shown:])
     comma = rng.choice((",", ", ", ""))
     return Problem(
-        "plain_count", shown_text + comma, rest if comma else f", {rest}", f"run {start} {step}", plain=True, endless=True
+        "plain_count",
+        shown_text + comma,
+        rest if comma else f", {rest}",
+        f"run {start} {step}",
+        plain=True,
+        endless=True,
     )
 
 
 def plain_question(rng: random.Random) -> Problem:
     """A question and its answer on the next line, or an equation, as running text."""
-    problem = TASKS[rng.choice(SINGLE_TURN)][0](rng)
+    (task,) = rng.choices(list(SINGLE_TURN), SINGLE_TURN.values())
+    problem = TASKS[task][0](rng)
     prompt = problem.prompt if rng.random() < 0.7 else f"Q: {problem.prompt}\nA:"
     return replace(problem, task="plain_question", prompt=prompt, plain=True)
 
@@ -664,6 +768,7 @@ def plain_question(rng: random.Random) -> Problem:
 TASKS: dict[str, tuple[Callable[[random.Random], Problem], float]] = {
     "add": (add, 3.0),
     "subtract": (subtract, 3.0),
+    "add_three": (add_three, 1.5),
     "multiply": (multiply, 0.6),
     "parity": (parity, 0.4),
     "compare": (compare, 1.2),
@@ -691,12 +796,16 @@ TASKS: dict[str, tuple[Callable[[random.Random], Problem], float]] = {
     "json_field": (json_field, 2.5),
     "calendar": (calendar, 1.0),
     "talk": (talk, 0.5),
-    "out_of_scope": (out_of_scope, 0.7),
+    "out_of_scope": (out_of_scope, 1.0),
     "recall": (recall, 0.6),
     "follow_up": (follow_up, 1.5),
     "plain_count": (plain_count, 0.4),
-    "plain_question": (plain_question, 2.5),
+    "plain_question": (plain_question, 5.0),
 }
 """Every task: its generator, and its weight among the training documents."""
 
-SINGLE_TURN = [task for task in TASKS if task not in ("recall", "follow_up", "plain_count", "plain_question")]
+SINGLE_TURN = {
+    task: weight
+    for task, (_, weight) in TASKS.items()
+    if task not in ("recall", "follow_up", "plain_count", "plain_question")
+}

@@ -25,7 +25,9 @@ from corpus import TRAINED, Packer, stream
 from evaluate import evaluate_checkpoint
 from tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, train_tokenizer
 
-PROMPT_WEIGHT = 0.02  # of a token that the user says: enough to learn what questions look like, too little to crowd out answers
+PROMPT_WEIGHT = (
+    0.02  # of a token that the user says: enough to learn what questions look like, too little to crowd out answers
+)
 SHORT, LONG, LONG_SHARE = 256, 1024, 0.15  # most steps see short rows; the last ones see rows as long as the context
 WARMUP, DECAY_SHARE = 100, 0.5
 
@@ -60,7 +62,9 @@ def on_device(rows: NDArray[np.uint16], device: str) -> tuple[Tensor, Tensor, Te
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights
 
 
-def train(network: decoder.Llama, packer: Packer, plan: Sequence[tuple[int, int]], options: argparse.Namespace, log: TextIO) -> None:
+def train(
+    network: decoder.Llama, packer: Packer, plan: Sequence[tuple[int, int]], options: argparse.Namespace, log: TextIO
+) -> None:
     """Runs the plan. Every 50 steps the log gets step, loss, tokens per second and seconds."""
     groups = optimizers(network, options.peak, options.device)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in groups]
@@ -106,10 +110,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4600)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--tokens", type=int, default=2**18, help="tokens per step")
     parser.add_argument("--peak", type=float, default=5e-3, help="highest learning rate")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that make text")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that make text"
+    )
     parser.add_argument("--count", type=int, default=200, help="held-out problems per task in the closing evaluation")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
