@@ -18,11 +18,11 @@ import statistics
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from record import record
 
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.runtime.sampling_params import SamplingParams
 from enginery.runtime.session import Session, SessionConfig
+from record import record
 
 VOCABULARY = 32000
 REQUESTS = 64

@@ -1,4 +1,5 @@
-"""What the tests of the runtime share: small sessions on a fake engine, and the invariants that must hold between steps."""
+"""What the tests of the runtime share: small sessions on a fake engine, and the invariants that must hold between
+steps."""
 
 from __future__ import annotations
 

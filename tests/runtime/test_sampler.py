@@ -9,8 +9,14 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessorList, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from enginery.runtime.batch import SamplingInputs, uniform_noise
 from enginery.runtime.edits import LogitsEdits
@@ -89,7 +95,9 @@ def test_a_row_does_not_depend_on_its_neighbours(setting: dict) -> None:
     together = Sampler().sample(logits.clone(), inputs(len(logits), noise=noise, **mixed)).token_ids
     for row in range(len(logits)):
         own = {name: column[row] for name, column in mixed.items()}
-        assert Sampler().sample(logits[row : row + 1].clone(), inputs(1, noise=noise[row], **own)).token_ids == [together[row]]
+        assert Sampler().sample(logits[row : row + 1].clone(), inputs(1, noise=noise[row], **own)).token_ids == [
+            together[row]
+        ]
 
 
 def test_top_k_top_p_min_p_agree_with_transformers() -> None:
@@ -190,7 +198,9 @@ def hashed(contexts: list[list[int]]) -> torch.Tensor:
     return torch.stack([torch.randn(40, generator=generator) * 2 for generator in rows])
 
 
-def reference_generation(prompt: list[int], params: SamplingParams, bans: Mapping[int, float] | None = None) -> list[int]:
+def reference_generation(
+    prompt: list[int], params: SamplingParams, bans: Mapping[int, float] | None = None
+) -> list[int]:
     """Greedy decoding with penalties, one token at a time, in plain Python."""
     tokens = list(prompt)
     for _ in range(params.max_tokens or 0):

@@ -1,4 +1,5 @@
-"""The runtime on a fake engine: whatever the memory, the budget and the neighbours, every stream is that of a request served alone."""
+"""The runtime on a fake engine: whatever the memory, the budget and the neighbours, every stream is that of a request
+served alone."""
 
 from __future__ import annotations
 
@@ -9,19 +10,22 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from .harness import VOCABULARY, check_idle, make_session, run_to_end, step_checked
 
 from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
+from .harness import VOCABULARY, check_idle, make_session, run_to_end, step_checked
+
 TORCH_FREE = (
-    "scheduler", "block_manager", "prefix_cache", "request", "batch", "detokenizer", "sampling_params", "outputs", "intake",
-    "response", "stats", "edits", "beam_search", "stop_strings",
+    "scheduler", "block_manager", "prefix_cache", "request", "batch", "detokenizer", "sampling_params", "outputs",
+    "intake", "response", "stats", "edits", "beam_search", "stop_strings",
 )  # fmt: skip
 
 
 def random_params(rng: random.Random) -> SamplingParams | BeamSearchParams:
     if rng.random() < 0.15:
-        return BeamSearchParams(rng.randint(1, 4), rng.randint(1, 20), early_stopping=rng.choice([True, False, "never"]))
+        return BeamSearchParams(
+            rng.randint(1, 4), rng.randint(1, 20), early_stopping=rng.choice([True, False, "never"])
+        )
     return SamplingParams(
         n=rng.choice([1, 1, 1, 2, 3, 5]),
         temperature=rng.choice([0.0, 0.7, 1.0]),
@@ -184,7 +188,9 @@ def test_prefix_hits_save_work_and_are_reported() -> None:
     first = session.generate([prompt], params)[0]
     second = session.generate([prompt], params)[0]
     other = session.generate([[*prompt[:8], 50, 51, 52, 53, 54]], params)[0]
-    unread = session.generate([prompt], SamplingParams(max_tokens=2, temperature=0.0, skip_reading_prefix_cache=True))[0]
+    unread = session.generate([prompt], SamplingParams(max_tokens=2, temperature=0.0, skip_reading_prefix_cache=True))[
+        0
+    ]
     assert [o.num_cached_tokens for o in (first, second, other, unread)] == [0, 16, 8, 0]
     assert first.outputs == second.outputs == unread.outputs
 

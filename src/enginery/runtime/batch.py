@@ -122,7 +122,8 @@ class Batch:
     def _update_rows(self, items: list[Scheduled]) -> None:
         for sequence, _, first_changed, _ in items:
             blocks = sequence.blocks
-            if self._owners[sequence.row] is not sequence:
+            # A sequence that comes back may have grown while it was away, even if its row is the old one.
+            if first_changed == 0 or self._owners[sequence.row] is not sequence:
                 self._bind(sequence)
                 first_changed = 0
             if first_changed < len(blocks):

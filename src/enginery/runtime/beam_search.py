@@ -66,9 +66,8 @@ class BeamSearch:
         at_end = length >= self._request.max_tokens
         width = self._params.beam_width
         stops = self._request.stop_token_ids
-        for continuation in continuations[:width]:
-            if at_end or continuation.token_id in stops:
-                self._file(continuation, length)
+        ended = [c for c in continuations[:width] if at_end or c.token_id in stops]
+        self._file(ended, length)
         living = [] if at_end else [c for c in continuations if c.token_id not in stops][:width]
         self._candidates.clear()
         self.is_done = not living or self._cannot_improve(living[0].cumulative_logprob, length)
@@ -83,14 +82,13 @@ class BeamSearch:
         found.sort(key=lambda continuation: -continuation.cumulative_logprob)
         return found[: self._request.num_beam_candidates]
 
-    def _file(self, continuation: Continuation, length: int) -> None:
-        is_full = len(self.hypotheses) == self._params.beam_width
-        if is_full and self._params.early_stopping is True:
-            return
-        output = [*continuation.parent.output_token_ids, continuation.token_id]
-        score = continuation.cumulative_logprob / length**self._params.length_penalty
-        ended_by = continuation.token_id if continuation.token_id in self._request.stop_token_ids else None
-        self.hypotheses.append(Hypothesis(output, continuation.cumulative_logprob, score, ended_by))
+    def _file(self, ended: list[Continuation], length: int) -> None:
+        """Keeps the best hypotheses of the old and the new ones."""
+        for continuation in ended:
+            output = [*continuation.parent.output_token_ids, continuation.token_id]
+            score = continuation.cumulative_logprob / length**self._params.length_penalty
+            ended_by = continuation.token_id if continuation.token_id in self._request.stop_token_ids else None
+            self.hypotheses.append(Hypothesis(output, continuation.cumulative_logprob, score, ended_by))
         self.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
         del self.hypotheses[self._params.beam_width :]
 
