@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
-
 from tasks import TASKS, Problem, draw, word
+from tokenizers import Tokenizer
 
 TRAINED = 0x8000
 SYSTEM = (

@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
 from tasks import TASKS, Problem, check, heldout
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str:

@@ -23,10 +23,23 @@ __all__ = ["TASKS", "Problem", "check", "draw", "heldout", "is_heldout"]
 SPLIT = 16
 LEXICON: dict[str, list[str]] = json.loads(Path(__file__).with_name("lexicon.json").read_text(encoding="utf-8"))
 WORDS, NAMES, CITIES = LEXICON["words"], LEXICON["names"], LEXICON["cities"]
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 PROPER = [*NAMES, *CITIES, *DAYS, *MONTHS]
-ORDINALS = "first second third fourth fifth sixth seventh".split()
+ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh"]
 
 HELLO = "Hello! How can I help you?"
 WHO = "I am Enginery's bundled model, a small language model."
@@ -164,8 +177,10 @@ def ask(rng: random.Random, wordings: Sequence[str], **fields: object) -> str:
 # ---------------------------------------------------------------------------------------------------- arithmetic
 
 ADD = (
-    "What is {a} + {b}?", "{a}+{b}=", "{a} + {b} =", "{a} + {b}", "Add {a} and {b}.", "What is {a} plus {b}?", "What is {a}+{b}?",
-    "What is the sum of {a} and {b}?", "Calculate {a} + {b}.", "How much is {a} + {b}?", "Compute {a}+{b}.", "What's {a} + {b}?",
+    "What is {a} + {b}?", "{a}+{b}=", "{a} + {b} =", "{a} + {b}", "Add {a} and {b}.", "What is {a} plus {b}?",
+    "What is {a}+{b}?",
+    "What is the sum of {a} and {b}?", "Calculate {a} + {b}.", "How much is {a} + {b}?", "Compute {a}+{b}.",
+    "What's {a} + {b}?",
     "{a} plus {b}", "{a} + {b} = ?",
 )  # fmt: skip
 SUBTRACT = (
@@ -174,7 +189,8 @@ SUBTRACT = (
     "{a} minus {b}", "{a} - {b} = ?",
 )  # fmt: skip
 MULTIPLY = (
-    "What is {a} * {b}?", "{a}*{b}=", "{a} * {b} =", "What is {a} times {b}?", "Multiply {a} by {b}.", "What is {a} x {b}?",
+    "What is {a} * {b}?", "{a}*{b}=", "{a} * {b} =", "What is {a} times {b}?", "Multiply {a} by {b}.",
+    "What is {a} x {b}?",
     "Calculate {a} * {b}.", "How much is {a} times {b}?", "What is the product of {a} and {b}?", "{a} times {b}",
 )  # fmt: skip
 
@@ -192,8 +208,10 @@ def subtract(rng: random.Random) -> Problem:
 def add_three(rng: random.Random) -> Problem:
     terms = [rng.randint(0, 30) for _ in range(3)]
     wordings = (
-        "What is {a} + {b} + {c}?", "{a}+{b}+{c}=", "{a} + {b} + {c} =", "What is the sum of {a}, {b} and {c}?", "{a} + {b} + {c}",
-        "Add {a}, {b} and {c}.", "What is the total of {a}, {b} and {c}?", "Calculate {a} + {b} + {c}.", "{a} plus {b} plus {c}",
+        "What is {a} + {b} + {c}?", "{a}+{b}+{c}=", "{a} + {b} + {c} =", "What is the sum of {a}, {b} and {c}?",
+        "{a} + {b} + {c}",
+        "Add {a}, {b} and {c}.", "What is the total of {a}, {b} and {c}?", "Calculate {a} + {b} + {c}.",
+        "{a} plus {b} plus {c}",
     )  # fmt: skip
     prompt = ask(rng, wordings, a=terms[0], b=terms[1], c=terms[2])
     return Problem("add_three", prompt, str(sum(terms)), f"add {listed(sorted(terms))}")
@@ -278,11 +296,29 @@ def next_number(rng: random.Random) -> Problem:
     return Problem("next_number", ask(rng, wordings, xs=sequence), str(start + terms * step), f"next {start} {step}")
 
 
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def in_words(n: int) -> str:
@@ -362,7 +398,8 @@ def count_letters(rng: random.Random) -> Problem:
     w = word_or_name(rng)
     wordings = (
         "How many letters are in the word {w}?", "How many letters does {w} have?", 'Count the letters in "{w}".',
-        "How many letters are in {w}?", "What is the length of the word {w}?", 'How many letters does the word "{w}" have?',
+        "How many letters are in {w}?", "What is the length of the word {w}?",
+        'How many letters does the word "{w}" have?',
     )  # fmt: skip
     prompt = ask(rng, wordings, w=w)
     return Problem("count_letters", prompt, str(len(w)), letters_key("letters", w, prompt))
@@ -386,7 +423,8 @@ def count_letter(rng: random.Random) -> Problem:
 def reverse_word(rng: random.Random) -> Problem:
     w = word_or_name(rng)
     wordings = (
-        "Reverse the word {w}.", 'Reverse "{w}".', "Write {w} backwards.", "Spell {w} backwards.", "What is {w} backwards?",
+        "Reverse the word {w}.", 'Reverse "{w}".', "Write {w} backwards.", "Spell {w} backwards.",
+        "What is {w} backwards?",
         "Reverse the letters of {w}.", 'Write the word "{w}" backwards.',
     )  # fmt: skip
     prompt = ask(rng, wordings, w=w)
@@ -469,12 +507,14 @@ def sort_numbers(rng: random.Random) -> Problem:
     numbers = [number(rng) for _ in range(rng.randint(2, 7))]
     downward = rng.random() < 0.35
     wordings: Sequence[str] = (
-        "Sort these numbers: {xs}", "Sort {xs}.", "Sort the numbers {xs}.", "Sort in ascending order: {xs}", "Sort: {xs}",
+        "Sort these numbers: {xs}", "Sort {xs}.", "Sort the numbers {xs}.", "Sort in ascending order: {xs}",
+        "Sort: {xs}",
         "Put these numbers in ascending order: {xs}", "Sort from smallest to largest: {xs}",
     )  # fmt: skip
     if downward:
         wordings = (
-            "Sort in descending order: {xs}", "Sort these numbers in descending order: {xs}", "Sort {xs} in descending order.",
+            "Sort in descending order: {xs}", "Sort these numbers in descending order: {xs}",
+            "Sort {xs} in descending order.",
             "Put these numbers in descending order: {xs}", "Sort from largest to smallest: {xs}",
         )  # fmt: skip
     key = f"sort {downward} {listed(numbers)}"
@@ -485,7 +525,8 @@ def sort_numbers(rng: random.Random) -> Problem:
 def sort_words(rng: random.Random) -> Problem:
     words = distinct(rng, word if rng.random() < 0.92 else name, rng.randint(2, 6))
     wordings = (
-        "Sort these words: {xs}", "Sort these words alphabetically: {xs}", "Put these words in alphabetical order: {xs}",
+        "Sort these words: {xs}", "Sort these words alphabetically: {xs}",
+        "Put these words in alphabetical order: {xs}",
         "Sort the words {xs}.", "Sort alphabetically: {xs}", "Sort: {xs}",
     )  # fmt: skip
     return Problem(
@@ -583,7 +624,28 @@ def json_value(rng: random.Random) -> object:
     return rng.random() < 0.5 if kind < 0.95 else f"{word(rng)} {word(rng)}"
 
 
-FIELDS = "name age city id color size price count country email title year status type owner level score active code unit".split()
+FIELDS = [
+    "name",
+    "age",
+    "city",
+    "id",
+    "color",
+    "size",
+    "price",
+    "count",
+    "country",
+    "email",
+    "title",
+    "year",
+    "status",
+    "type",
+    "owner",
+    "level",
+    "score",
+    "active",
+    "code",
+    "unit",
+]
 
 
 def json_field(rng: random.Random) -> Problem:
@@ -593,7 +655,8 @@ def json_field(rng: random.Random) -> Problem:
     value = record[field]
     text = json.dumps(record, separators=(",", ":") if rng.random() < 0.15 else None)
     wordings = (
-        'What is the value of "{f}" in {j}?', "What is the {f} in {j}?", "Get the {f} from {j}.", "{j}\nWhat is the {f}?",
+        'What is the value of "{f}" in {j}?', "What is the {f} in {j}?", "Get the {f} from {j}.",
+        "{j}\nWhat is the {f}?",
         'Given {j}, what is "{f}"?', 'Extract the field "{f}" from this JSON: {j}', "{j}\n{f}?",
         "What is the {f} in this JSON: {j}", '{j}\nWhat is the value of "{f}"?',
     )  # fmt: skip
@@ -666,23 +729,39 @@ def talk(rng: random.Random) -> Problem:
 
 
 UNKNOWN = (
-    "What is the capital of {country}?", "Where is {country}?", "Who is the president of {country}?", "Tell me about {topic}.",
-    "What do you think about {topic}?", "Write a poem about {topic}.", "Write a story about {topic}.", "Explain {topic} to me.",
-    "How do I {activity}?", "Teach me how to {activity}.", "What is the weather in {city}?", "How far is {city} from here?",
-    "Translate {word} into {language}.", "How do you say {word} in {language}?", "Tell me a joke about {topic}.", "What is {topic}?",
-    "Who invented the {word}?", "What does {word} mean?", "Why do people like {topic}?", "Should I {activity}?", "Is {topic} good?",
-    "How many people live in {city}?", "When was {city} founded?", "Write an essay about {topic}.", "Do you like {topic}?",
-    "What is the best restaurant in {city}?", "Sing a song about {topic}.", "Who is the king of {country}?", "Speak {language}.",
-    "What is the history of {country}?", "Can you {activity}?", "Write Python code to {activity}.", "What is {a} * {b}?",
-    "What is the square root of {a}?", "What is {a} divided by {b}?", "Recommend a book about {topic}.", "Tell me a joke.",
+    "What is the capital of {country}?", "Where is {country}?", "Who is the president of {country}?",
+    "Tell me about {topic}.",
+    "What do you think about {topic}?", "Write a poem about {topic}.", "Write a story about {topic}.",
+    "Explain {topic} to me.",
+    "How do I {activity}?", "Teach me how to {activity}.", "What is the weather in {city}?",
+    "How far is {city} from here?",
+    "Translate {word} into {language}.", "How do you say {word} in {language}?", "Tell me a joke about {topic}.",
+    "What is {topic}?",
+    "Who invented the {word}?", "What does {word} mean?", "Why do people like {topic}?", "Should I {activity}?",
+    "Is {topic} good?",
+    "How many people live in {city}?", "When was {city} founded?", "Write an essay about {topic}.",
+    "Do you like {topic}?",
+    "What is the best restaurant in {city}?", "Sing a song about {topic}.", "Who is the king of {country}?",
+    "Speak {language}.",
+    "What is the history of {country}?", "Can you {activity}?", "Write Python code to {activity}.",
+    "What is {a} * {b}?",
+    "What is the square root of {a}?", "What is {a} divided by {b}?", "Recommend a book about {topic}.",
+    "Tell me a joke.",
     "Write a letter to {name}.", "Who is {name}?", "Where does {name} live?", "What is a {word}?",
-    "Where can I buy a {word}?", "Why is the {word} so big?", "How much does a {word} cost?", "Draw a {word}.", "Do you have a {word}?",
-    "What is the color of the {word}?", "Tell me about the {word}.", "How old is {name}?", "When is {name} coming to {city}?",
-    "Can you write a program?", "How does a {word} work?", "What should I eat today?", "Book a flight to {city}.", "What time is it?",
-    "What is the best {word}?", "Who won the match in {city}?", "What is the fastest way to {activity}?", "Are you happy?",
-    "What is {big} + {b}?", "What is {big} - {a}?", "{big} + {big}", "{a}+{big}=", "What is {big} times {b}?", "{big} - {big} =",
-    "What is {a} / {b}?", "{a} / {b}", "Divide {a} by {b}.", "Is {a} prime?", "Why?", "What?", "How?", "{word}", "The {word} is {small}.",
-    "I like {word}.", "The {small} {word}", "I want to {activity}.", "You are {small}.", "{small} {word}?", "What is my {word}?", "What is the population of {country}?",
+    "Where can I buy a {word}?", "Why is the {word} so big?", "How much does a {word} cost?", "Draw a {word}.",
+    "Do you have a {word}?",
+    "What is the color of the {word}?", "Tell me about the {word}.", "How old is {name}?",
+    "When is {name} coming to {city}?",
+    "Can you write a program?", "How does a {word} work?", "What should I eat today?", "Book a flight to {city}.",
+    "What time is it?",
+    "What is the best {word}?", "Who won the match in {city}?", "What is the fastest way to {activity}?",
+    "Are you happy?",
+    "What is {big} + {b}?", "What is {big} - {a}?", "{big} + {big}", "{a}+{big}=", "What is {big} times {b}?",
+    "{big} - {big} =",
+    "What is {a} / {b}?", "{a} / {b}", "Divide {a} by {b}.", "Is {a} prime?", "Why?", "What?", "How?", "{word}",
+    "The {word} is {small}.",
+    "I like {word}.", "The {small} {word}", "I want to {activity}.", "You are {small}.", "{small} {word}?",
+    "What is my {word}?", "What is the population of {country}?",
 )  # fmt: skip
 
 

@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+import model as decoder
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from transformers import GenerationConfig, LlamaForCausalLM
-
-import model as decoder
 from corpus import TRAINED, Packer, stream
 from evaluate import evaluate_checkpoint
+from numpy.typing import NDArray
 from tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, train_tokenizer
+from torch import Tensor
+from transformers import GenerationConfig, LlamaForCausalLM
 
 PROMPT_WEIGHT = (
     0.02  # of a token that the user says: enough to learn what questions look like, too little to crowd out answers
