@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from enginery.network.layer import Layer, Provenance, tensors_in
+from enginery.network.layer import Layer, Provenance
 from enginery.network.network import Network
 from enginery.network.tensor import Tensor
 from enginery.rewriting.rule import MatchFailure
@@ -41,6 +41,12 @@ class Edit:
             layer = layer._next
         return self.added
 
+    def sign(self, rule: str, replaced: tuple[str, ...]) -> None:
+        """Writes into the new layers where they come from."""
+        provenance = Provenance(rule, replaced)
+        for layer in self.added:
+            layer.provenance = provenance
+
     def replace(self, pairs: Sequence[Pair]) -> None:
         """Whoever reads the old values reads the new ones, except for the layers that this edit added."""
         added = self.added
@@ -63,21 +69,24 @@ class Edit:
         erased = []
         while pending:
             layer = pending.pop()
-            if layer.is_removed or any(output._uses or output.output_names for output in layer.outputs):
+            if layer.is_removed or _is_read(layer) or (layer.has_effects and layer not in replaced):
                 continue
-            if layer not in replaced and layer.has_effects:
-                continue
-            parents = [tensor.parent for tensor in tensors_in(layer._args) if tensor.parent is not None]
             self._erased.append((layer, layer._next))
             self.network.erase(layer)
             erased.append(layer)
-            pending.extend(parents)
+            pending.extend([tensor.parent for tensor in layer._inputs if tensor.parent is not None])
         return erased
 
     def move(self, layer: Layer, place: Layer | None) -> None:
         self._moved.append((layer, layer._next))
         self.network._unlink(layer)
         self.network._link_before(layer, place)
+
+    def abandon(self, root: Layer) -> None:
+        """Takes back what a rule did that declined or raised before its edit was complete."""
+        if not self.added:
+            self.collect(root)
+        self.undo()
 
     def undo(self) -> None:
         """Back to the network as it was before the edit."""
@@ -101,11 +110,11 @@ class Edit:
             network.values.pop(name, None)
 
 
-def sign(edit: Edit, rule: str, replaced: tuple[str, ...]) -> None:
-    """Writes into the new layers where they come from."""
-    provenance = Provenance(rule, replaced)
-    for layer in edit.added:
-        layer.provenance = provenance
+def _is_read(layer: Layer) -> bool:
+    for output in layer.outputs:  # noqa: SIM110  (a hot loop)
+        if output._uses or output.output_names:
+            return True
+    return False
 
 
 def put_in_order(edit: Edit, pairs: Sequence[Pair], mutable: Collection[Tensor]) -> None:
@@ -128,7 +137,7 @@ def _latest_source(added: Sequence[Layer]) -> Layer | None:
         return None
     place, found = added[0].order, None
     for layer in added:
-        for tensor in layer.inputs:
+        for tensor in layer._inputs:
             parent = tensor.parent
             if parent is not None and parent.order > place and parent not in added:
                 found, place = parent, parent.order
@@ -177,15 +186,15 @@ def _hoist(edit: Edit, pairs: Sequence[Pair], reader: Layer, mutable: Collection
 
 def pairs_of(result: Any, roots: Sequence[Layer], output: int) -> list[Pair]:
     """What a rule returned, as pairs. Raises TypeError with the reason if it is none of the accepted forms."""
+    root = roots[0]
+    if result.__class__ is Tensor and len(roots) == 1:
+        return [(root.outputs[output], result)]
     if isinstance(result, dict):
         return [pair for key, value in result.items() for pair in _pairs(_values(key), value)]
     if len(roots) > 1:
         if not isinstance(result, (tuple, list)) or len(result) != len(roots):
             raise TypeError(f"it must return one replacement for each of {len(roots)} roots, or a dictionary")
         return [pair for root, value in zip(roots, result, strict=True) for pair in _pairs(root.outputs, value)]
-    root = roots[0]
-    if isinstance(result, Tensor) and len(root.outputs) > 1:
-        return [(root.outputs[output], result)]
     return _pairs(root.outputs, result)
 
 

@@ -151,24 +151,25 @@ class Matcher:
         then = _finish([(c.holds, tuple(names[n] for n in c.names), c.words) for c in constraints], scope)
         for plan in reversed(plans[1:]):
             then = _from_root(plan(then))
-        self._step = plans[0](then)
-        self._blank: Registers = [None] * scope.slots
+        self.step = plans[0](then)
+        self.blank: Registers = [None] * scope.slots
         self.names = names
+        self.sources, self.constraints = tuple(roots), tuple(constraints)
         self.policies = [(slot, policy) for slot, policy in scope.policies if slot not in self.roots]
         self.layer_slots = tuple(slot for slot, _, _ in scope.calls)
         self.height = max(root.height() for root in roots)
 
     def run(self, layer: Layer) -> Registers | None:
         """The registers if the pattern matches with its root at `layer`."""
-        registers = self._blank.copy()
-        return registers if self._step(layer.outputs[self.output], registers) else None
+        registers = self.blank.copy()
+        return registers if self.step(layer.outputs[self.output], registers) else None
 
     def attempt(self, layer: Layer) -> tuple[bool, Registers]:
         """As `run`, with the registers of a failed match too: how many are written says how far it came."""
-        registers = self._blank.copy()
+        registers = self.blank.copy()
         if self.output >= len(layer.outputs):
             return False, registers
-        return self._step(layer.outputs[self.output], registers), registers
+        return self.step(layer.outputs[self.output], registers), registers
 
     def accepts(self, layer: Layer) -> bool:
         return (self.ops is None or layer.op in self.ops) and self.output < len(layer.outputs)
@@ -177,9 +178,9 @@ class Matcher:
         registers = self.run(layer) if self.accepts(layer) else None
         return None if registers is None else {name: registers[slot] for name, slot in self.names.items()}
 
-    def layers(self, registers: Registers) -> list[Layer]:
+    def layers(self, registers: Registers) -> dict[Layer, None]:
         """The layers of a match, the root first."""
-        return list(layers_in(registers, self.layer_slots))
+        return layers_in(registers, self.layer_slots)
 
     def _plan_further_root(self, root: Node, scope: Scope) -> Build:
         path = _path_to_bound(root, scope)
