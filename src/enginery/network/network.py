@@ -188,9 +188,9 @@ class Network:
         self._require_open()
         former = self._outputs.get(name)
         if former is not None and not keep_old:
-            former.output_names.remove(name)
+            former.output_names = tuple([other for other in former.output_names if other != name])
         self._outputs[name] = tensor
-        tensor.output_names.append(name)
+        tensor.output_names += (name,)
 
     def call(self, op: Operator, *args: Any, name: str | None = None, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """Appends a call at the cursor (the end, unless inside `inserting_before`) and returns its output, or its outputs.
@@ -271,7 +271,7 @@ class Network:
         self._require_open()
         tensor = self._outputs[old]
         self._outputs = {new if name == old else name: value for name, value in self._outputs.items()}
-        tensor.output_names[tensor.output_names.index(old)] = new
+        tensor.output_names = tuple([new if name == old else name for name in tensor.output_names])
 
     @contextmanager
     def guarded(self, *, append: bool) -> Iterator[None]:
@@ -282,6 +282,10 @@ class Network:
             yield
         finally:
             self._guard = saved
+
+    def appending_before(self, layer: Layer) -> Appending:
+        """`inserting_before(layer)` and `guarded(append=True)` at once: what a rewrite rule runs in."""
+        return Appending(self, layer)
 
     def _require_open(self) -> None:
         if self._guard:
@@ -358,3 +362,22 @@ class Network:
             order += _ORDER_GAP
             layer.order = order
             layer = layer._next
+
+
+class Appending:
+    """The context of `Network.appending_before`; a class because it is entered for every match of a rule."""
+
+    __slots__ = ("_layer", "_network", "_saved")
+
+    def __init__(self, network: Network, layer: Layer) -> None:
+        self._network, self._layer = network, layer
+
+    def __enter__(self) -> None:
+        network = self._network
+        self._saved = network._cursor, network._module_path, network._provenance, network._guard
+        network._cursor, network._module_path, network._provenance = self._layer, self._layer.module_path, None
+        network._guard = "only be appended to"
+
+    def __exit__(self, *_: Any) -> None:
+        network = self._network
+        network._cursor, network._module_path, network._provenance, network._guard = self._saved

@@ -1,0 +1,64 @@
+"""Values of the tables that a model computes for itself and no checkpoint stores: rotary frequencies, scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+
+from enginery.errors import UnsupportedError
+
+
+def compute_buffers(model: PreTrainedModel, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The values of the named buffers of a model without data. Replaces them in the model.
+
+    Each module that owns one runs the initialisation that transformers runs after loading. Raises UnsupportedError for
+    a buffer that it leaves undefined.
+    """
+    values: dict[str, torch.Tensor] = {}
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owners.setdefault(name.rpartition(".")[0], []).append(name)
+    for path, members in owners.items():
+        module = model.get_submodule(path)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = _undefined(buffer)
+        with torch.no_grad():
+            _owner(model, path)._init_weights(module)
+        for name in members:
+            value = module._buffers[name.rpartition(".")[2]]
+            if value is None or _is_undefined(value):
+                raise UnsupportedError(
+                    f"{model.config.model_type} cannot be imported: nothing computes the buffer {name}"
+                )
+            values[name] = value
+    return values
+
+
+def _owner(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """The innermost model around a module: the one whose rules initialise it."""
+    found, module = model, model
+    for part in path.split(".") if path else []:
+        module = getattr(module, part)
+        if isinstance(module, PreTrainedModel):
+            found = module
+    return found
+
+
+def _undefined(buffer: torch.Tensor) -> torch.Tensor:
+    fill = (
+        float("nan")
+        if buffer.is_floating_point()
+        else torch.iinfo(buffer.dtype).min
+        if buffer.dtype != torch.bool
+        else False
+    )
+    return torch.full(buffer.shape, fill, dtype=buffer.dtype)
+
+
+def _is_undefined(value: torch.Tensor) -> bool:
+    if value.is_floating_point():
+        return bool(value.isnan().any())
+    return value.dtype != torch.bool and bool((value == torch.iinfo(value.dtype).min).any())

@@ -1,0 +1,189 @@
+"""The phases that make an imported network a network that an engine runs: their order, on one page.
+
+imported      token_ids, positions -> logits [tokens, vocabulary], attention within one packed sequence
+rewritten     the batch's tables, the KV pools -> logits [logits, vocabulary] float32 of the tokens that are asked for
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from enginery import env
+from enginery.errors import UsageError
+from enginery.network import Network
+from enginery.rewriting.manager import RewritePatternManager
+from enginery.rewriting.report import Report
+from enginery.rewriting.rule import PatternRewriter
+from enginery.rewriting.rules.cancel_transposes import CancelTransposes, SelectBeforeTranspose
+from enginery.rewriting.rules.cancel_unsqueeze import CancelUnsqueeze
+from enginery.rewriting.rules.common_subexpressions import CommonSubexpressions
+from enginery.rewriting.rules.dead_code import DeadCode
+from enginery.rewriting.rules.drop_casts import DropCasts
+from enginery.rewriting.rules.drop_copies import DropCopies
+from enginery.rewriting.rules.drop_identities import DropIdentities
+from enginery.rewriting.rules.drop_views import DropViews
+from enginery.rewriting.rules.gather_logits import GatherEarlier, gather_output
+from enginery.rewriting.rules.linear_from_matmul import BiasIntoLinear, LinearFromMatmul
+from enginery.rewriting.rules.merge_parallel_linears import MergeParallelLinears
+from enginery.rewriting.rules.merge_reshapes import MergeReshapes
+from enginery.rewriting.rules.pack_linears import PackLinears, PackTiedEmbedding
+from enginery.rewriting.rules.page_attention import PageAttention, open_cache
+from enginery.rewriting.rules.view_to_reshape import ViewToReshape
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    disabled_rules: tuple[str, ...] = ()
+    """names of rules that are left out"""
+    rules: tuple[PatternRewriter, ...] = ()
+    """the user's own, run in a phase of their own before attention is paged"""
+    pack_linears: bool = True
+    """weights in the panels of the CPU kernels; on other devices never"""
+    device: str = "cpu"
+    block_size: int = 16
+    """tokens of one KV block"""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Rules that are applied together until none of them fits. `prepare` changes the network's borders before them."""
+
+    name: str
+    rules: tuple[type[PatternRewriter], ...] = ()
+    prepare: Callable[[Network, PipelineConfig], None] | None = None
+    wanted: Callable[[PipelineConfig], bool] = lambda config: True
+
+
+USER_RULES = "user rules"
+
+PHASES: tuple[Phase, ...] = (
+    Phase(
+        "canonicalise",
+        (
+            DeadCode, DropCasts, DropCopies, DropViews, DropIdentities, ViewToReshape, MergeReshapes, CancelUnsqueeze,
+            CancelTransposes, SelectBeforeTranspose, LinearFromMatmul, BiasIntoLinear, CommonSubexpressions,
+        ),
+    ),
+    Phase("fuse", (MergeParallelLinears,)),
+    Phase(USER_RULES),
+    Phase(
+        "paged attention",
+        (PageAttention,),
+        prepare=lambda network, config: open_cache(network, config.block_size),
+    ),
+    Phase(
+        "last-token gather",
+        (GatherEarlier,),
+        prepare=lambda network, config: gather_output(network),
+    ),
+    Phase(
+        "pack",
+        (PackLinears, PackTiedEmbedding),
+        wanted=lambda config: config.pack_linears and config.device == "cpu",
+    ),
+    Phase("fold", (DeadCode, CommonSubexpressions)),
+)  # fmt: skip
+
+
+@dataclass
+class PipelineReport:
+    """What each phase did, in order."""
+
+    phases: list[tuple[str, Report]] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Report:
+        return dict(self.phases)[name]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often each rule applied, over all phases."""
+        counts: dict[str, int] = {}
+        for _, report in self.phases:
+            for label, rule in report.rules.items():
+                counts[label] = counts.get(label, 0) + rule.rewritten
+        return counts
+
+    @property
+    def milliseconds(self) -> float:
+        return sum(report.milliseconds for _, report in self.phases)
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"{name}\n{report}" for name, report in self.phases)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [{"phase": name, **report.to_json()} for name, report in self.phases]
+
+
+def run_phases(network: Network, config: PipelineConfig | None = None) -> PipelineReport:
+    """Rewrites the network in place.
+
+    Raises UsageError for a disabled rule that there is not, RewriteError naming rule and layer if a rule breaks its
+    contract.
+    """
+    config = config or PipelineConfig()
+    _check_names(config)
+    report = PipelineReport()
+    for number, phase in enumerate(PHASES):
+        if phase.wanted(config):
+            if phase.prepare is not None:
+                phase.prepare(network, config)
+            report.phases.append((phase.name, _manager(phase, config).rewrite(network)))
+            _show(number, network, *report.phases[-1])
+    for tensor in network.constants:
+        if not tensor.users and not tensor.is_output:
+            network.remove_constant(tensor)
+    return report
+
+
+def rule_names() -> tuple[str, ...]:
+    """The rules of all phases, each once."""
+    return tuple(dict.fromkeys(rule.__name__ for phase in PHASES for rule in phase.rules))
+
+
+def _check_names(config: PipelineConfig) -> None:
+    known = (*rule_names(), *(type(rule).__name__ for rule in config.rules))
+    for name in config.disabled_rules:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.4)
+            raise UsageError(
+                f"no rule is named {name!r}", f"Near: {', '.join(near)}" if near else f"Rules: {', '.join(known)}"
+            )
+
+
+def _manager(phase: Phase, config: PipelineConfig) -> RewritePatternManager:
+    rules = config.rules if phase.name == USER_RULES else [rule() for rule in phase.rules]
+    return RewritePatternManager(*(rule for rule in rules if type(rule).__name__ not in config.disabled_rules))
+
+
+def _show(number: int, network: Network, name: str, report: Report) -> None:
+    """Writes what ENGINERY_DEBUG and ENGINERY_DUMP ask for: to standard error, and to files."""
+    level, directory = env.read_int("ENGINERY_DEBUG"), env.read("ENGINERY_DUMP")
+    lines = list(_lines(level, network, name, report))
+    if lines:
+        print("\n".join(lines), file=sys.stderr)
+    if directory:
+        stem = Path(directory).expanduser() / f"{number}-{name.replace(' ', '-')}"
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        stem.with_suffix(".txt").write_text(str(network))
+        stem.with_suffix(".py").write_text(network.to_python())
+
+
+def _lines(level: int, network: Network, name: str, report: Report) -> Iterator[str]:
+    if level >= 1:
+        counts = ", ".join(f"{rule.label} {rule.rewritten}" for rule in report.rules.values() if rule.rewritten)
+        size = f"{report.layers_before} layers -> {report.layers_after}"
+        yield f"{name}: {size} in {report.milliseconds:.1f} ms ({counts or 'nothing applied'})"
+    if level >= 2:
+        yield from (f"  {application.rule}: {application}" for application in report.applications)
+    if level >= 3:
+        for rule in report.rules.values():
+            yield from (f"  {rule.label} declined {count}: {reason}" for reason, count in rule.declined.items())
+    if level >= 4:
+        yield str(network)
+    if level >= 5:
+        yield network.to_python()
