@@ -34,7 +34,9 @@ def _values(old: Network, new: Network) -> Iterator[str]:
         ("input", old._inputs, new._inputs),
         ("constant", old._constants, new._constants),
     ):
-        before, after = ({name: f"{kind} {reference(t)}: {type_text(t)}" for name, t in table.items()} for table in (left, right))
+        before, after = (
+            {name: f"{kind} {reference(t)}: {type_text(t)}" for name, t in table.items()} for table in (left, right)
+        )
         yield from (f"- {line}" for name, line in before.items() if after.get(name) != line)
         yield from (f"+ {line}" for name, line in after.items() if before.get(name) != line)
 
@@ -48,7 +50,9 @@ def _outputs(old: Network, new: Network) -> Iterator[str]:
 
 
 def _layers(old: Network, new: Network) -> Iterator[str]:
-    kept = {layer.name for layer in new if layer.name in old._layers and _same(old._layers[layer.name], layer, old, new)}
+    kept = {
+        layer.name for layer in new if layer.name in old._layers and _same(old._layers[layer.name], layer, old, new)
+    }
     waiting = iter(old.layers)
     for layer in new:
         if layer.name not in kept:

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 def to_dot(network: Network) -> str:
     """The drawing in Graphviz' language. Layers that a rule made are filled and name the rule."""
-    lines = ["digraph network {", "  node [shape=box fontname=Helvetica fontsize=10]", "  edge [fontname=Helvetica fontsize=8]"]
+    lines = [
+        "digraph network {",
+        "  node [shape=box fontname=Helvetica fontsize=10]",
+        "  edge [fontname=Helvetica fontsize=8]",
+    ]
     for tensor in (*network.inputs, *network.constants):
         if tensor._uses or tensor.is_output or tensor.is_input:
             shape = "ellipse" if tensor.is_input else "note"
@@ -29,7 +33,9 @@ def to_dot(network: Network) -> str:
         if layer.provenance is not None:
             text += f"\n{layer.provenance.rule}"
             style = " style=filled fillcolor=lightyellow"
-        by_module.setdefault(layer.module_path, []).append(f"{json.dumps(f'layer {layer.name}')} [label={json.dumps(text)}{style}]")
+        by_module.setdefault(layer.module_path, []).append(
+            f"{json.dumps(f'layer {layer.name}')} [label={json.dumps(text)}{style}]"
+        )
     for number, (path, nodes) in enumerate(by_module.items()):
         if path:
             lines.append(f"  subgraph cluster_{number} {{ label={json.dumps(path)} color=gray")
@@ -38,7 +44,10 @@ def to_dot(network: Network) -> str:
             lines.append("  }")
     for layer in network:
         target = json.dumps(f"layer {layer.name}")
-        lines += [f"  {_node(tensor)} -> {target} [label={json.dumps(type_text(tensor))}]" for tensor in tensors_in(layer.args)]
+        lines += [
+            f"  {_node(tensor)} -> {target} [label={json.dumps(type_text(tensor))}]"
+            for tensor in tensors_in(layer.args)
+        ]
     for name, tensor in zip(network.output_names, network.outputs, strict=True):
         node = json.dumps(f"output {name}")
         lines += [f"  {node} [shape=ellipse label={json.dumps(name)}]", f"  {_node(tensor)} -> {node}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from enginery.network.collection import paused_collection
 from enginery.network.layer import Layer
 from enginery.network.tensor import Tensor
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
 def copy_into(source: Network, target: Network) -> None:
     """Fills an empty network with the same inputs, constants, layers and outputs. Constants' values are shared, not copied."""
+    with paused_collection():
+        _copy(source, target)
+
+
+def _copy(source: Network, target: Network) -> None:
     twins: dict[Tensor, Tensor] = {}
 
     def twin(value: Any) -> Any:

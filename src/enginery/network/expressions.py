@@ -27,7 +27,14 @@ _TOKEN = re.compile(
 _SIMPLE = re.compile(r"[^\[\"(]*\Z")
 """arguments without lists, strings and calls: they are split at commas"""
 _NAMED = re.compile(r"([A-Za-z_]\w*)=(?!=)(.*)\Z", re.DOTALL)
-_CONSTANTS: Mapping[str, Any] = {"True": True, "False": False, "None": None, "inf": float("inf"), "nan": float("nan"), **DTYPES}
+_CONSTANTS: Mapping[str, Any] = {
+    "True": True,
+    "False": False,
+    "None": None,
+    "inf": float("inf"),
+    "nan": float("nan"),
+    **DTYPES,
+}
 
 
 class Expressions:

@@ -10,9 +10,9 @@ The choice among overloads is that of torch.export.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
+from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -23,6 +23,7 @@ from enginery.network.operator import REQUIRED, Operator, Signature, signature
 
 aten = torch.ops.aten
 Packet = torch._ops.OpOverloadPacket
+Spelling = Callable[[Operator, tuple], tuple[Operator, tuple]]
 
 
 def resolve(function: Callable, args: tuple, kwargs: Mapping[str, Any] | None = None) -> tuple[Operator, tuple]:
@@ -35,22 +36,38 @@ def resolve(function: Callable, args: tuple, kwargs: Mapping[str, Any] | None = 
     missing = None
     if args and args[-1] is ...:
         args, missing = args[:-1], ...
-    if isinstance(function, Operator):
-        return _canonical(function, *_bind(function, args, kwargs, missing))
-    adapter = _ADAPTERS.get(function)
-    if adapter is not None:
-        function, args, kwargs = adapter(*args, **kwargs)
-        if isinstance(function, Operator):
-            return _canonical(function, *_bind(function, args, kwargs, missing))
-    packet = function if isinstance(function, Packet) else _packet(function)
-    name = packet.__name__
-    if name in _VARIADIC and len(args) > 1 and isinstance(args[1], (int, Dim)):
-        args = (args[0], args[1:])
-    if kwargs:
-        kwargs = {_KEYWORDS.get(key, key): value for key, value in kwargs.items() if key not in _IGNORED}
-    kinds = tuple(map(kind_of, args))
-    op = _choose(packet, kinds, tuple((key, kind_of(value)) for key, value in kwargs.items()), missing is ...)
-    return _canonical(op, *_bind(op, args, kwargs, missing))
+    if function.__class__ is not Operator:
+        adapter = _ADAPTERS.get(function)
+        if adapter is not None:
+            function, args, kwargs = adapter(*args, **kwargs)
+    if function.__class__ is Operator:
+        plan = _operator_plan(function)
+    else:
+        named = tuple([(key, kind_of(value)) for key, value in kwargs.items()]) if kwargs else ()
+        plan = _plan(function, tuple(map(kind_of, args)), named, missing is not None)
+        if plan.pack:
+            args = (args[0], args[1:])
+    if kwargs and plan.keys:
+        kwargs = {plan.keys.get(key, key): value for key, value in kwargs.items() if plan.keys.get(key, key)}
+    known = plan.signature
+    values = known.normalise(args, kwargs, missing)
+    if missing is not None:
+        given = {*range(len(args)), *(known.index[name] for name in kwargs)}
+        values = tuple(value if i in given else ... for i, value in enumerate(values))
+    return (plan.op, values) if plan.spelling is None else plan.spelling(plan.op, values)
+
+
+class Plan(NamedTuple):
+    """How calls of a function with certain kinds of arguments are read."""
+
+    op: Operator
+    signature: Signature
+    spelling: Spelling | None
+    """one spelling for calls that mean the same"""
+    pack: bool
+    """the sizes are given one by one: `x.view(2, 3)`"""
+    keys: Mapping[str, str]
+    """the schema's name of an argument; empty: it does not matter"""
 
 
 def is_value(value: Any) -> bool:
@@ -94,24 +111,26 @@ def _is_torch(function: Callable) -> bool:
     return str(module).startswith(("torch", "_operator")) or getattr(owner, "__name__", "").startswith("torch")
 
 
-def _bind(op: Operator, args: tuple, kwargs: Mapping[str, Any], missing: Any) -> tuple[Signature, tuple]:
+@cache
+def _operator_plan(op: Operator) -> Plan:
     known = signature(op)
-    if "input" in kwargs and "input" not in known.index and "self" in known.index:
-        kwargs = {"self" if key == "input" else key: value for key, value in kwargs.items()}
-    values = known.normalise(args, kwargs, missing)
-    if missing is ...:
-        given = {*range(len(args)), *(known.index[name] for name in kwargs)}
-        values = tuple(value if i in given else ... for i, value in enumerate(values))
-    return known, values
+    keys = {"input": "self"} if "input" not in known.index and "self" in known.index else {}
+    return Plan(op, known, _SPELLINGS.get(op), False, keys)
 
 
-def _canonical(op: Operator, known: Signature, values: tuple) -> tuple[Operator, tuple]:
-    """One spelling for calls that mean the same."""
-    rule = _SPELLINGS.get(op)
-    return rule(op, values) if rule is not None else (op, values)
+@cache
+def _plan(function: Callable, kinds: tuple, named: tuple, open_ended: bool) -> Plan:
+    packet = function if isinstance(function, Packet) else _packet(function)
+    pack = packet.__name__ in _VARIADIC and len(kinds) > 1 and kinds[1] in (int, Dim)
+    if pack:
+        kinds = (kinds[0], (kinds[1],))
+    keys = {name: "" if name in _IGNORED else _KEYWORDS.get(name, name) for name, _ in named}
+    kept = tuple((keys[name], kind) for name, kind in named if keys[name])
+    plan = _operator_plan(_choose(packet, kinds, kept, open_ended))
+    changed = {name: key for name, key in keys.items() if name != key}
+    return plan._replace(pack=pack, keys={**plan.keys, **changed})
 
 
-@lru_cache(maxsize=None)
 def _choose(packet: Packet, kinds: tuple, named: tuple, open_ended: bool) -> Operator:
     """The overload that fits the kinds of the arguments best."""
     best: Operator | None = None
@@ -304,7 +323,6 @@ _ADAPTERS: Mapping[Callable, Adapter] = MappingProxyType(
 
 # Operators that differ in name or in idle arguments only.
 
-Spelling = Callable[[Operator, tuple], tuple[Operator, tuple]]
 _END = torch.iinfo(torch.int64).max
 
 

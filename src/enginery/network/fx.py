@@ -12,6 +12,7 @@ from torch import fx
 from torch.export.graph_signature import InputKind, InputSpec
 
 from enginery.errors import NetworkError
+from enginery.network.collection import paused_collection
 from enginery.network.dim import Dim, Size
 from enginery.network.faketensor import to_size
 from enginery.network.functions import resolve
@@ -83,6 +84,10 @@ class _Importer:
         self.symbols = _symbol_names(program, dynamic_shapes)
 
     def run(self) -> None:
+        with paused_collection():
+            self._run()
+
+    def _run(self) -> None:
         self._import_ranges()
         specs = {_argument_name(spec): spec for spec in self.program.graph_signature.input_specs}
         for node in self.program.graph.find_nodes(op="placeholder"):
@@ -297,7 +302,7 @@ def _flat_specs(dynamic_shapes: Any, count: int) -> list[Any]:
         is_spec = value is None or (
             isinstance(value, (Mapping, Sequence))
             and all(not isinstance(item, (Mapping, Sequence)) or isinstance(item, str) for item in _items(value))
-            and (isinstance(value, Mapping) and all(isinstance(key, int) for key in value) or _is_dims(value))
+            and ((isinstance(value, Mapping) and all(isinstance(key, int) for key in value)) or _is_dims(value))
         )
         if is_spec:
             flat.append(value)

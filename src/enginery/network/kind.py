@@ -104,7 +104,11 @@ _ATEN = {
     LayerKind.CAST: "to _to_copy type_as",
 }
 
-_OWN = {ops.packed_embedding: LayerKind.GATHER, ops.pack_linear: LayerKind.SHUFFLE, ops.packed_linear: LayerKind.FULLY_CONNECTED}
+_OWN = {
+    ops.packed_embedding: LayerKind.GATHER,
+    ops.pack_linear: LayerKind.SHUFFLE,
+    ops.packed_linear: LayerKind.FULLY_CONNECTED,
+}
 
 WITHOUT_EQUIVALENT: Mapping[LayerKind, str] = MappingProxyType(
     {
@@ -127,7 +131,9 @@ WITHOUT_EQUIVALENT: Mapping[LayerKind, str] = MappingProxyType(
 )
 """The kinds that no layer has, with the reason."""
 
-_BY_NAME: Mapping[str, LayerKind] = MappingProxyType({name: kind for kind, names in _ATEN.items() for name in names.split()})
+_BY_NAME: Mapping[str, LayerKind] = MappingProxyType(
+    {name: kind for kind, names in _ATEN.items() for name in names.split()}
+)
 
 
 @cache

@@ -90,7 +90,9 @@ class Layer:
         args = list(self._args)
         for name, value in changes.items():
             if name not in known.index:
-                raise NetworkError(f"{operator_name(self.op)} has no argument {name!r}", f"It has: {', '.join(known.names)}")
+                raise NetworkError(
+                    f"{operator_name(self.op)} has no argument {name!r}", f"It has: {', '.join(known.names)}"
+                )
             args[known.index[name]] = freeze(value)
         layer = self.network.add_layer(self.op, tuple(args))
         return layer.outputs[0] if known.is_single else layer.outputs

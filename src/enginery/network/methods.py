@@ -105,11 +105,11 @@ class TensorMethods:
         return self._call(torch.ge, self, other)
 
     @property
-    def T(self) -> Any:  # noqa: N802
+    def T(self) -> Any:
         return self._call(aten.numpy_T.default, self)
 
     @property
-    def mT(self) -> Any:  # noqa: N802
+    def mT(self) -> Any:
         return self._call(aten.mT.default, self)
 
     def __iter__(self) -> Iterator:

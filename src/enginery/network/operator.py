@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -29,12 +31,14 @@ class Signature:
     """positions of arguments that the call writes to"""
     random: bool
     returns: tuple[str, ...]
-    return_names: tuple[str, ...]
-    """of several outputs, such as `values` and `indices`; empty where the schema gives none"""
+    bundle: Callable[..., tuple] | None
+    """makes a named tuple of several outputs, such as `values` and `indices`; None where the schema gives no names"""
     short_name: str
     """`linear` of `aten::linear`"""
     lists: tuple[int, ...]
     """positions of arguments that are lists"""
+    required: tuple[int, ...]
+    """positions of arguments without a default"""
     floats: tuple[int, ...]
     """positions of arguments that are floats"""
     has_effects: bool
@@ -67,15 +71,16 @@ class Signature:
             values[place] = value
         for place in self.lists:
             value = values[place]
-            if type(value) is not tuple or value:
+            if value.__class__ is not tuple:
                 values[place] = (value,) if isinstance(value, (int, Dim)) else freeze(value)
         for place in self.floats:
-            if type(values[place]) is int:
+            if values[place].__class__ is int:
                 values[place] = float(values[place])
-        if REQUIRED in values:
-            if missing is None:
-                raise NetworkError(f"{self.short_name}: argument {self.names[values.index(REQUIRED)]!r} is missing")
-            values = [missing if value is REQUIRED else value for value in values]
+        for place in self.required:
+            if values[place] is REQUIRED:
+                if missing is None:
+                    raise NetworkError(f"{self.short_name}: argument {self.names[place]!r} is missing")
+                values[place] = missing
         return tuple(values)
 
 
@@ -112,13 +117,19 @@ def signature(op: Operator) -> Signature:
         written=written,
         random=random,
         returns=tuple(str(item.type) for item in schema.returns),
-        return_names=tuple(item.name for item in schema.returns if item.name) if len(schema.returns) > 1 else (),
+        bundle=_bundle(schema),
         short_name=schema.name.partition("::")[2],
         lists=tuple(i for i, text in enumerate(types) if "List[" in text),
+        required=tuple(i for i, argument in enumerate(arguments) if not argument.has_default_value()),
         floats=tuple(i for i, text in enumerate(types) if text in ("float", "Optional[float]")),
         has_effects=bool(written) or random,
         index=MappingProxyType({name: i for i, name in enumerate(names)}),
     )
+
+
+def _bundle(schema: Any) -> Callable[..., tuple] | None:
+    names = [item.name for item in schema.returns]
+    return namedtuple(schema.name.partition("::")[2].lstrip("_"), names) if len(names) > 1 and all(names) else None
 
 
 def draws(op: Operator, args: tuple) -> bool:
@@ -148,6 +159,24 @@ def find_operator(name: str) -> Operator:
     if namespace in _NAMESPACES and packet_name:
         packet = getattr(getattr(torch.ops, namespace), packet_name, None)
         found = getattr(packet, overload or "default", None)
-        if isinstance(found, Operator):
+        if isinstance(found, Operator) and (namespace != "aten" or _is_function(found)):
             return found
     raise NetworkError(f"unknown operator {name!r}", f"Operators come from: {', '.join(_NAMESPACES)}")
+
+
+def _is_function(op: Operator) -> bool:
+    """It computes tensors from tensors and literals: it neither writes nor reads files, and has no other kinds of values."""
+    known = signature(op)
+    plain = all(re.sub(r"Optional|List|[\[\]]", "", text) in _VALUES for text in known.types)
+    return (
+        plain
+        and not known.written
+        and known.short_name not in _OUTSIDE
+        and set(known.returns) <= {"Tensor", "List[Tensor]"}
+    )
+
+
+_VALUES = frozenset(
+    {"Tensor", "number", "int", "float", "bool", "str", "ScalarType", "Layout", "Device", "MemoryFormat", "Generator"}
+)
+_OUTSIDE = frozenset({"from_file", "_print", "_pin_memory", "pin_memory", "record_stream", "_assert_async"})

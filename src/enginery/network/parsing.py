@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from enginery.errors import NetworkError
+from enginery.network.collection import paused_collection
 from enginery.network.dim import Size
 from enginery.network.expressions import Expressions
 from enginery.network.layer import Provenance
@@ -47,7 +48,8 @@ def parse(network: Network, text: str, *, max_lines: int = MAX_LINES) -> None:
     count = text.count("\n") + 1
     if count > max_lines:
         raise NetworkError(f"the text has {count} lines, more than {max_lines}")
-    _Parser(network).parse(text)
+    with paused_collection():
+        _Parser(network).parse(text)
 
 
 class _Parser:
@@ -116,7 +118,9 @@ class _Parser:
         values = list(known.defaults)
         required = [place for place, default in enumerate(values) if default is REQUIRED]
         if len(positional) != len(required):
-            raise NetworkError(f"{len(positional)} arguments stand without a name, the operator requires {len(required)}")
+            raise NetworkError(
+                f"{len(positional)} arguments stand without a name, the operator requires {len(required)}"
+            )
         for place, value in zip(required, positional, strict=True):
             values[place] = value
         for name, value in named.items():

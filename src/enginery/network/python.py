@@ -84,7 +84,7 @@ class _Writer:
             return self.names[value]
         if isinstance(value, tuple):
             return f"[{', '.join(map(self.value, value))}]"
-        if isinstance(value, float) and value in (float("inf"), float("-inf")) or value != value:
+        if (isinstance(value, float) and value in (float("inf"), float("-inf"))) or value != value:
             return f'float("{value}")'
         if isinstance(value, (torch.device, str)):
             return repr(str(value)) if isinstance(value, str) else f"torch.device({str(value)!r})"

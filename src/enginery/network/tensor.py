@@ -38,7 +38,8 @@ class Tensor(TensorMethods):
         """place among the outputs of `parent`"""
         self.is_constant = False
         """known at build time: a named constant, or computed from constants alone"""
-        self.output_names: list[str] = []
+        self.output_names: tuple[str, ...] = ()
+        """the names under which the network returns it"""
         self._uses: dict[Layer, int] = {}
         """each layer that reads this value, and how often it does (`y + y` reads y twice)"""
 
@@ -86,7 +87,9 @@ class Tensor(TensorMethods):
         op, values = resolve(function, args, kwargs)
         outputs = _network_of(values).add_layer(op, values).outputs
         known = signature(op)
-        return outputs[0] if known.is_single else outputs
+        if known.is_single:
+            return outputs[0]
+        return known.bundle(*outputs) if known.bundle is not None else outputs
 
     def replace_all_uses_with(self, other: Tensor) -> None:
         """Every layer and every network output that reads this value reads `other` instead.
@@ -99,7 +102,7 @@ class Tensor(TensorMethods):
             layer.replace_input(self, other)
         for name in self.output_names:
             self.network.set_output(name, other, keep_old=True)
-        self.output_names = []
+        self.output_names = ()
 
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.shape))

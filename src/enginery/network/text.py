@@ -40,9 +40,13 @@ _PLAIN_LABEL = re.compile(r"[\w.\-]+\Z")
 _NUMBERED = re.compile(r"_\d+\Z")
 
 DTYPES = {
-    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype) and str(value) == f"torch.{name}"
+    name: value
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype) and str(value) == f"torch.{name}"
 }
-RESERVED = frozenset({*DTYPES, "True", "False", "None", "inf", "nan", "min", "max", "layout", "memory_format", "device"})
+RESERVED = frozenset(
+    {*DTYPES, "True", "False", "None", "inf", "nan", "min", "max", "layout", "memory_format", "device"}
+)
 
 
 def write(network: Network) -> str:

@@ -97,7 +97,7 @@ def _uses(network: Network) -> Complaints:
             yield f"the users of {tensor.name} are not those that read it"
         names = [name for name, output in network._outputs.items() if output is tensor]
         if sorted(names) != sorted(tensor.output_names):
-            yield f"{tensor.name} is recorded as output {tensor.output_names}, but is {names}"
+            yield f"{tensor.name} is recorded as output {list(tensor.output_names)}, but is {names}"
 
 
 def _constness(network: Network) -> Complaints:

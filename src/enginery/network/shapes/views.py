@@ -31,16 +31,24 @@ _END = torch.iinfo(torch.int64).max
 
 
 def view(self: Tensor, size: tuple) -> Types:
+    shape = self.shape
+    if size == shape:
+        return ((size, self.dtype),)
+    same = 0  # leading sizes that stay: what remains is mostly plain numbers, where products are cheap
+    for old, new in zip(shape, size, strict=False):
+        if old != new:
+            break
+        same += 1
     if -1 not in size:
-        if size != self.shape and differ(product(self.shape), product(size)):
-            raise NetworkError(f"{show(self.shape)} does not hold as many elements as {show(size)}")
+        if differ(product(shape[same:]), product(size[same:])):
+            raise NetworkError(f"{show(shape)} does not hold as many elements as {show(size)}")
         return ((size, self.dtype),)
     place = size.index(-1)
-    known = product((*size[:place], *size[place + 1 :]))
-    total = product(self.shape)
+    known = product((*size[same:place], *size[place + 1 :]))
+    total = product(shape[same:])
     rest = Dim.apply("//", total, known) if known != 0 else 0
     if isinstance(known, int) and isinstance(total, int) and known * rest != total:
-        raise NetworkError(f"{show(self.shape)} cannot be viewed as {show(size)}")
+        raise NetworkError(f"{show(shape)} cannot be viewed as {show(size)}")
     return ((replaced(size, place, rest), self.dtype),)
 
 

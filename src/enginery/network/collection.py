@@ -1,0 +1,19 @@
+"""Building a large network makes a million objects that all stay: no reason to search them for garbage meanwhile."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """Pauses the cyclic garbage collector, whose passes over a growing network cost ten times the building itself."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
