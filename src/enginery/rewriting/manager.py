@@ -24,8 +24,8 @@ class RewritePatternManager:
 
     def add(self, label: str | PatternRewriter, rule: PatternRewriter | None = None, benefit: int | None = None) -> None:
         """`add(rule)` or `add(label, rule)`; the label is the class name unless given. RewriteError if it is taken."""
-        if isinstance(label, PatternRewriter):
-            label, rule = type(label).__name__, label
+        if not isinstance(label, str):
+            return self.add(type(label).__name__, label, benefit)
         if rule is None or label in self._rules:
             cause = f"two rules are labelled {label}" if rule is not None else f"no rule is given for the label {label}"
             raise RewriteError(cause, "Give one of them another label: add(label, rule)", rule=label)

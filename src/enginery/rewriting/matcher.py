@@ -154,7 +154,8 @@ class Matcher:
         self.step = plans[0](then)
         self.blank: Registers = [None] * scope.slots
         self.names = names
-        self.sources, self.constraints = tuple(roots), tuple(constraints)
+        self.sources: tuple[Any, ...] = tuple(roots)
+        self.constraints = tuple(constraints)
         self.policies = [(slot, policy) for slot, policy in scope.policies if slot not in self.roots]
         self.layer_slots = tuple(slot for slot, _, _ in scope.calls)
         self.height = max(root.height() for root in roots)

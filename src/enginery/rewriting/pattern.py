@@ -37,7 +37,8 @@ of their own right before they need it; the rule returns a replacement for it as
 class Pattern(TensorMethods):
     """A value. Operators, torch functions and tensor methods over it make larger patterns."""
 
-    name: str | None = None
+    name: Any = None
+    """what it is captured as, a str; None: not at all"""
     users: int | None = None
     is_call = False
 
@@ -198,13 +199,19 @@ class Items(Pattern):
     def children(self) -> Sequence[Pattern]:
         return self.items
 
+    def spread(self, value: Any) -> tuple | None:
+        """One value per item, the rest as a tuple; None if the lengths do not fit."""
+        if value.__class__ is not tuple:
+            return None
+        rest = self.rest
+        if rest is None or len(value) < len(self.items) - 1:
+            return value if len(value) == len(self.items) and rest is None else None
+        tail = len(value) - (len(self.items) - rest - 1)
+        return (*value[:rest], value[rest:tail], *value[tail:])
+
     def plan(self, scope: Scope) -> Build:
-        plans, count, rest, slot = (
-            [item.plan(scope) for item in self.items],
-            len(self.items),
-            self.rest,
-            scope.new_slot(),
-        )
+        plans = [item.plan(scope) for item in self.items]
+        count, slot = len(plans), scope.new_slot()
 
         def part(index: int, step: Step) -> Next:
             return lambda registers: step(registers[slot][index], registers)
@@ -214,15 +221,8 @@ class Items(Pattern):
                 then = part(index, plans[index](then))
 
             def step(value: Any, registers: Registers) -> bool:
-                if value.__class__ is not tuple:
-                    return False
-                if rest is not None and len(value) >= count - 1:
-                    tail = len(value) - (count - rest - 1)
-                    value = (*value[:rest], value[rest:tail], *value[tail:])
-                elif len(value) != count:
-                    return False
-                registers[slot] = value
-                return then(registers)
+                registers[slot] = self.spread(value)
+                return registers[slot] is not None and then(registers)
 
             return step
 
@@ -260,7 +260,7 @@ class Optional(Pattern):
         before, first = set(scope.bound), len(scope.calls)
         ((plan, _),) = scope.alternatives((self.pattern,), or_nothing=True)
         slots = (
-            *(scope.names[name] for name in sorted(_names(self.pattern) - before)),
+            *(scope.names[name] for name in sorted(names_in(self.pattern) - before)),
             *(slot for slot, _, _ in scope.calls[first:]),
         )
 
@@ -412,6 +412,9 @@ class Call(Pattern):
         op = self.op
         return lambda layer: layer.op is op
 
+    def title(self) -> str:
+        return operator_name(self.op)
+
     def plan_output(self, scope: Scope, index: int) -> Build:
         if id(self) in scope.nodes:
             return partial(_same_layer, scope.nodes[id(self)], index)
@@ -434,7 +437,7 @@ class Call(Pattern):
                 layer = value.parent
                 if layer is None or not accepts(layer) or value.index != index:
                     return False
-                if users is not None and _users(value) != users:
+                if users is not None and users_of(value) != users:
                     return False
                 for rival in rivals:
                     if registers[rival] is layer:
@@ -451,7 +454,7 @@ class Call(Pattern):
         literals = tuple((i, item.value) for i, item in enumerate(self.arguments) if isinstance(item, Literal))
         rest = [i for i, item in enumerate(self.arguments) if not isinstance(item, (Literal, Anything))]
         rest.sort(key=lambda i: -self.arguments[i].weight())
-        swapped = self._swappable()
+        swapped = self.is_commutative
         if swapped:
             rest = [i for i in rest if i in (0, 1)] + [i for i in rest if i not in (0, 1)]
         plans = [(i, self.arguments[i].plan(scope)) for i in rest]
@@ -467,7 +470,9 @@ class Call(Pattern):
 
         return build
 
-    def _swappable(self) -> bool:
+    @property
+    def is_commutative(self) -> bool:
+        """Both orders of the first two arguments are to be tried."""
         return self.op in COMMUTATIVE and not any(isinstance(item, (Literal, Scalar)) for item in self.arguments[:2])
 
 
@@ -507,6 +512,13 @@ class AnyOp(Call):
     @property
     def has_many_outputs(self) -> bool:
         return False
+
+    @property
+    def is_commutative(self) -> bool:
+        return False
+
+    def title(self) -> str:
+        return "a call of " + (" or ".join(sorted(map(operator_name, self.ops))) if self.ops else "the wanted kind")
 
     def root_ops(self) -> frozenset[Operator] | None:
         return self.ops
@@ -569,7 +581,7 @@ class Chain(Pattern):
         while pending:
             value = pending.pop()
             layer = value.parent if value.__class__ is Tensor else None
-            if layer is not None and layer.op is self.op and _users(value) == 1 and layer._args[2:] == root._args[2:]:
+            if layer is not None and layer.op is self.op and users_of(value) == 1 and layer._args[2:] == root._args[2:]:
                 layers.append(layer)
                 pending.extend(reversed(layer._args[:2]))
             else:
@@ -641,12 +653,12 @@ def _frozen(items: list[Any]) -> tuple:
     return tuple(item.value for item in items)
 
 
-def _names(pattern: Pattern) -> set[str]:
+def names_in(pattern: Pattern) -> set[str]:
     own = {pattern.name} if pattern.name is not None else set()
-    return own.union(*(_names(child) for child in pattern.children()))
+    return own.union(*(names_in(child) for child in pattern.children()))
 
 
-def _users(value: Tensor) -> int:
+def users_of(value: Tensor) -> int:
     return len(value._uses) + bool(value.output_names)
 
 
@@ -672,7 +684,7 @@ def _tensor_tests(
     if shape is not None:
         tests.append((lambda value: _fits(value.shape, shape), f"has not the shape {shape}"))
     if users is not None:
-        tests.append((lambda value: _users(value) == users, f"has not {users} users"))
+        tests.append((lambda value: users_of(value) == users, f"has not {users} users"))
     if where is not None:
         tests.append((where, "is refused by its predicate"))
     return tests
