@@ -58,7 +58,8 @@ def infer(op: Operator, key: tuple) -> tuple[tuple[tuple[Size, ...], torch.dtype
         except Exception as error:
             raise NetworkError(_first_line(error)) from None
     names = {symint.node.expr: name for name, symint in symbols.items()}
-    if any(symbol in shape_env.replacements for symbol in names):
+    fixed = any(isinstance(guard.expr, sympy.Eq) for guard in shape_env.guards)
+    if fixed or any(symbol in shape_env.replacements for symbol in names):
         raise NetworkError("the call holds for one value of a symbolic size only")
     outputs = result if isinstance(result, (tuple, list)) else () if result is None else (result,)
     return tuple((sizes_of(output, names), output.dtype) for output in outputs)

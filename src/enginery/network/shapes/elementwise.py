@@ -19,6 +19,10 @@ def floating(self: Tensor, *rest: Any) -> Types:
     return ((self.shape, as_floating(self.dtype)),)
 
 
+def square(self: Tensor) -> Types:
+    return ((self.shape, torch.int64 if self.dtype == torch.bool else self.dtype),)
+
+
 def boolean(self: Tensor, *rest: Any) -> Types:
     return ((self.shape, torch.bool),)
 
@@ -75,11 +79,12 @@ def pointwise(self: Any, *operands: Any) -> Types:
 RULES = table(
     {
         "neg abs relu relu6 silu gelu leaky_relu elu hardswish hardsigmoid hardtanh mish selu celu softplus "
-        "square sign ceil floor round round.decimals trunc bitwise_not positive "
+        "sign ceil floor round round.decimals trunc bitwise_not positive "
         "alias detach clone contiguous dropout native_dropout tril triu lift_fresh lift_fresh_copy feature_dropout "
         "fill.Scalar fill.Tensor zero logit_ resolve_conj resolve_neg nan_to_num cummax_ flip roll": same,
         "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan sinh cosh tanh asin acos atan sigmoid erf erfc "
         "erfinv reciprocal log_sigmoid special_expit logit": floating,
+        "square": square,
         "isnan isinf isfinite logical_not isneginf isposinf signbit": boolean,
         "add.Tensor add.Scalar sub.Tensor sub.Scalar mul.Tensor mul.Scalar rsub.Tensor rsub.Scalar maximum minimum "
         "pow.Tensor_Tensor pow.Tensor_Scalar pow.Scalar remainder.Tensor remainder.Scalar remainder.Scalar_Tensor "

@@ -61,12 +61,16 @@ def argument(self: Tensor, dim: int | None, keepdim: bool) -> Types:
     return ((reduced(self.shape, dim, keepdim), torch.int64),)
 
 
+def _truth(dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if dtype == torch.uint8 else torch.bool
+
+
 def truth_all(self: Tensor) -> Types:
-    return (((), torch.bool),)
+    return (((), _truth(self.dtype)),)
 
 
 def truth_dim(self: Tensor, dims: Axes, keepdim: bool) -> Types:
-    return ((reduced(self.shape, dims, keepdim), torch.bool),)
+    return ((reduced(self.shape, dims, keepdim), _truth(self.dtype)),)
 
 
 def spread(self: Tensor, dims: Axes, unbiased: Any, keepdim: bool) -> Types:
