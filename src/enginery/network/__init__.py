@@ -13,6 +13,6 @@ from enginery.network.tensor import Tensor
 from enginery.network.types import infer_types
 
 __all__ = [
-    "Dim", "Layer", "LayerKind", "Network", "Operator", "Program", "Provenance", "Size", "Tensor", "find_operator", "infer_types", "is_value",
-    "operator_name", "resolve", "signature",
+    "Dim", "Layer", "LayerKind", "Network", "Operator", "Program", "Provenance", "Size", "Tensor", "find_operator",
+    "infer_types", "is_value", "operator_name", "resolve", "signature",
 ]  # fmt: skip

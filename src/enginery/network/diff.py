@@ -1,7 +1,7 @@
 """What differs between two networks, layer by layer.
 
-A layer that merely reads a replaced value under its new name is not a difference: only layers that went, came, or do something
-else are shown.
+A layer that merely reads a replaced value under its new name is not a difference: only layers that went, came, or do
+something else are shown.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 
 def diff(old: Network, new: Network) -> str:
-    """Lines with `-` (only in old), `+` (only in new) and a head that counts them; empty if the networks do the same calls.
+    """Lines with `-` (only in old), `+` (only in new) and a head that counts them; empty if the networks do the same
+    calls.
 
-    Lines that belong together stand together: what came is shown where it stands in the new network, after what went there.
+    Lines that belong together stand together: what came is shown where it stands in the new network, after what went
+    there.
     """
     lines = [*_values(old, new), *_layers(old, new), *_outputs(old, new)]
     if not lines:

@@ -4,8 +4,8 @@
     2 * tokens + 1            # Dim, printed as `2*tokens + 1`
     (2 * tokens) // tokens    # 2, a plain int: constants are never wrapped
 
-Two sizes are equal exactly if their normal forms are. Dims are immutable and hashable, and cost about a microsecond each,
-where a sympy expression costs a hundred.
+Two sizes are equal exactly if their normal forms are. Dims are immutable and hashable, and cost about a microsecond
+each, where a sympy expression costs a hundred.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Union
 from enginery.errors import NetworkError
 
 Size = Union[int, "Dim"]
-Atom = Union[str, tuple[str, Size, Size]]
+Atom = Union[str, tuple[str, Size, Size]]  # noqa: UP007  (Size is not yet a type)
 """A symbol's name, or (`//` | `%` | `min` | `max`, left, right)."""
 
 _FUNCTIONS = {"//": lambda a, b: a // b, "%": lambda a, b: a % b, "min": min, "max": max}
@@ -48,7 +48,7 @@ class Dim:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Makes torch accept a Dim where it wants a size, as in `torch.reshape(x, (tokens, 4))`; the tensor does the rest."""
+        """Makes torch accept a Dim for a size, as in `torch.reshape(x, (tokens, 4))`; the tensor does the rest."""
         if all(issubclass(kind, Dim) for kind in types):
             name = getattr(function, "__name__", str(function))
             raise NetworkError(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def copy_into(source: Network, target: Network) -> None:
-    """Fills an empty network with the same inputs, constants, layers and outputs. Constants' values are shared, not copied."""
+    """Fills an empty network with the same inputs, constants, layers and outputs; constants' values are shared."""
     with paused_collection():
         _copy(source, target)
 
@@ -42,7 +42,7 @@ def _copy(source: Network, target: Network) -> None:
 
 
 def prune(network: Network) -> int:
-    """Erases the layers that nobody reads and that have no effect, from the end on; gives their number. Constants stay."""
+    """Erases the layers that nobody reads and that have no effect, from the end on; gives their number."""
     erased = 0
     layer: Layer | None = network._last
     while layer is not None:

@@ -1,4 +1,4 @@
-"""Reads the values of the text form: tensors, numbers, symbolic sizes, dtypes, strings, lists, and the types of tensors."""
+"""Reads the values of the text form: tensors, numbers, symbolic sizes, dtypes, strings, lists; and types."""
 
 from __future__ import annotations
 
@@ -142,19 +142,19 @@ class _Reader:
             raise NetworkError(f"values are nested deeper than {MAX_DEPTH}")
         if self.place == len(self.tokens):
             raise NetworkError("a value is missing")
-        kind, token = self.tokens[self.place]
+        kind, text = self.tokens[self.place]
         if kind == "name":
             self.place += 1
-            return self.expressions.tensor(token)
+            return self.expressions.tensor(text)
         if kind == "string":
             self.place += 1
-            return _string(token)
+            return _string(text)
         if self.accept("["):
             return self.items(depth)
-        if kind == "word" and (token in _CONSTANTS or "." in token or token == "device"):
+        if kind == "word" and (text in _CONSTANTS or "." in text or text == "device"):
             self.place += 1
-            return self.word(token)
-        if token == "-" and self.tokens[self.place + 1 : self.place + 2] == [("word", "inf")]:
+            return self.word(text)
+        if text == "-" and self.tokens[self.place + 1 : self.place + 2] == [("word", "inf")]:
             self.place += 2
             return float("-inf")
         return self.number(depth)
@@ -167,25 +167,25 @@ class _Reader:
             found.append(self.value(depth + 1))
         return tuple(found)
 
-    def word(self, token: str) -> Any:
-        if token in _CONSTANTS:
-            return _CONSTANTS[token]
-        if token == "device":
+    def word(self, text: str) -> Any:
+        if text in _CONSTANTS:
+            return _CONSTANTS[text]
+        if text == "device":
             self.expect(".")
             return _device(_string(self.take()[1]))
-        group, _, name = token.partition(".")
+        group, _, name = text.partition(".")
         value = getattr(torch, name, None)
         if group in ("memory_format", "layout") and type(value).__name__ == group:
             return value
-        raise NetworkError(f"{token!r} is not understood")
+        raise NetworkError(f"{text!r} is not understood")
 
     def number(self, depth: int) -> float | Size:
         """A float, or a size."""
         negative = self.peek() == "-"
-        token = self.tokens[self.place + negative : self.place + negative + 1]
-        if token and token[0][0] == "number" and not token[0][1].isdigit():
+        text = self.tokens[self.place + negative : self.place + negative + 1]
+        if text and text[0][0] == "number" and not text[0][1].isdigit():
             self.place += 1 + negative
-            return -float(token[0][1]) if negative else float(token[0][1])
+            return -float(text[0][1]) if negative else float(text[0][1])
         return self.size(depth)
 
     def size(self, depth: int) -> Size:
@@ -208,10 +208,10 @@ class _Reader:
     def atom(self, depth: int) -> Size:
         if depth > MAX_DEPTH:
             raise NetworkError(f"sizes are nested deeper than {MAX_DEPTH}")
-        kind, token = self.take()
-        if kind == "number" and token.isdigit() and len(token) < 20:
-            return int(token)
-        if token == "(":
+        kind, text = self.take()
+        if kind == "number" and text.isdigit() and len(text) < 20:
+            return int(text)
+        if text == "(":
             left = self.size(depth + 1)
             function = self.take()[1]
             if function not in ("//", "%"):
@@ -219,21 +219,21 @@ class _Reader:
             right = self.size(depth + 1)
             self.expect(")")
             return _apply(function, left, right)
-        if token in ("min", "max"):
+        if text in ("min", "max"):
             self.expect("(")
             left = self.size(depth + 1)
             self.expect(",")
             right = self.size(depth + 1)
             self.expect(")")
-            return _apply(token, left, right)
-        if kind == "word" and token not in _CONSTANTS and "." not in token:
-            return Dim.symbol(token)
-        raise NetworkError(f"{token!r} is no size")
+            return _apply(text, left, right)
+        if kind == "word" and text not in _CONSTANTS and "." not in text:
+            return Dim.symbol(text)
+        raise NetworkError(f"{text!r} is no size")
 
     def type(self) -> tuple[tuple[Size, ...], torch.dtype]:
-        kind, token = self.take()
-        if kind != "word" or token not in DTYPES:
-            raise NetworkError(f"{token!r} is no dtype")
+        kind, text = self.take()
+        if kind != "word" or text not in DTYPES:
+            raise NetworkError(f"{text!r} is no dtype")
         self.expect("[")
         sizes: list[Size] = []
         while not self.accept("]"):
@@ -243,7 +243,7 @@ class _Reader:
             if isinstance(size, int) and size < 0:
                 raise NetworkError(f"{size} is no size")
             sizes.append(size)
-        return tuple(sizes), DTYPES[token]
+        return tuple(sizes), DTYPES[text]
 
 
 def _apply(function: str, left: Size, right: Size) -> Size:
@@ -252,13 +252,13 @@ def _apply(function: str, left: Size, right: Size) -> Size:
     return Dim.apply(function, left, right)
 
 
-def _string(token: str) -> str:
+def _string(text: str) -> str:
     try:
-        value = json.loads(token)
+        value = json.loads(text)
     except ValueError:
         value = None
     if not isinstance(value, str):
-        raise NetworkError(f"{token[:40]!r} is no string")
+        raise NetworkError(f"{text[:40]!r} is no string")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Types by torch's own shape propagation (FakeTensor with a ShapeEnv): the slow way, for operators without a shape rule.
+"""Types by torch's own shape propagation (FakeTensor with a ShapeEnv), for operators without a shape rule.
 
 It takes a third of a millisecond to a few milliseconds per call.
 """
@@ -78,7 +78,7 @@ def sizes_of(tensor: torch.Tensor, names: Mapping[sympy.Symbol, str]) -> tuple[S
 
 
 def to_size(size: int | torch.SymInt, names: Mapping[sympy.Symbol, str]) -> Size:
-    """A size of torch as ours; `names` gives the symbols their names. Raises NetworkError for one that depends on data."""
+    """A size of torch as ours; `names` names the symbols. Raises NetworkError for one that depends on data."""
     return size if isinstance(size, int) else from_sympy(size.node.expr, names)
 
 

@@ -3,8 +3,8 @@
     resolve(F.silu, (x,), {})            # (aten.silu.default, (x,))
     resolve(torch.Tensor.float, (x,), {})  # (aten.to.dtype, (x, torch.float32, False, False, None))
 
-Anything whose class defines `__torch_function__` counts as a tensor, so networks and patterns share one reading of a call.
-The choice among overloads is that of torch.export.
+Anything whose class defines `__torch_function__` counts as a tensor, so networks and patterns share one reading of a
+call. The choice among overloads is that of torch.export.
 """
 
 from __future__ import annotations
@@ -376,8 +376,8 @@ def _spellings() -> dict[Operator, Spelling]:
         table[getattr(aten, name).default] = _renamed(aten.transpose.int)
     idle = ("layout", "device", "pin_memory")
     for packet in ("arange", "full", "zeros", "ones", "empty", "full_like", "zeros_like", "ones_like", "empty_like",
-                   "new_full", "new_zeros", "new_ones", "new_empty", "scalar_tensor", "linspace", "eye", "rand", "randn",
-                   "tril_indices", "triu_indices"):  # fmt: skip
+                   "new_full", "new_zeros", "new_ones", "new_empty", "scalar_tensor", "linspace", "eye", "rand",
+                   "randn", "tril_indices", "triu_indices"):  # fmt: skip
         for overload in getattr(aten, packet).overloads():
             op = getattr(getattr(aten, packet), overload)
             present = tuple(name for name in (*idle, "memory_format") if name in signature(op).index)

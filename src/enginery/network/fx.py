@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _IDENTITIES = frozenset({"lift_fresh_copy", "lift_fresh", "detach", "detach_", "alias"})
 _ASSERTIONS = frozenset(
     {
-        "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size",
-        "_check", "_functional_assert_scalar", "_functional_assert_async",
+        "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
+        "sym_constrain_range_for_size", "_check", "_functional_assert_scalar", "_functional_assert_async",
     }
 )  # fmt: skip
 
@@ -339,7 +339,8 @@ def _module_path(node: fx.Node) -> str:
 
 
 def to_graph_module(network: Network, device: torch.device | None = None) -> fx.GraphModule:
-    """The network as a GraphModule whose placeholders are its inputs, then its constants; it returns a tuple of the outputs.
+    """The network as a GraphModule whose placeholders are its inputs, then its constants; it returns a tuple of the
+    outputs.
 
     Symbolic sizes are read off the inputs' shapes once. New tensors are made on `device`.
     """

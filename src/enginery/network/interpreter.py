@@ -1,4 +1,4 @@
-"""Runs a network by the references of its operators, layer after layer: slow and correct, the oracle of every fast way."""
+"""Runs a network by the references of its operators, one layer after another: slow, correct, the oracle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Build = Callable[[list, Mapping[str, int]], Any]
 
 
 class Step(NamedTuple):
-    """One call: `template` holds the literals, `fills` the places of tensors, `builds` makes lists and symbolic sizes."""
+    """One call: `template` holds literals, `fills` the places of tensors, `builds` makes lists and symbolic sizes."""
 
     function: Callable
     template: list
@@ -40,8 +40,8 @@ class Step(NamedTuple):
 class Program:
     """A sequence of layers made ready to run many times: `program(values) -> results`.
 
-    `feeds` are the tensors whose values are given, in the order of `values`; `results` those whose values are wanted. A value
-    is dropped when its last reader has run. A Program does not follow later changes of the network.
+    `feeds` are the tensors whose values are given, in the order of `values`; `results` those whose values are wanted.
+    A value is dropped when its last reader has run. A Program does not follow later changes of the network.
     """
 
     def __init__(self, layers: Iterable[Layer], feeds: Sequence[Tensor], results: Sequence[Tensor]) -> None:
@@ -60,7 +60,7 @@ class Program:
         symbols: Mapping[str, int] | None = None,
         device: torch.device | None = None,
     ) -> list[torch.Tensor]:
-        """`symbols` gives the symbolic sizes (default: read off the shapes of the values), `device` the place of new tensors."""
+        """`symbols` gives the symbolic sizes (default: from the values' shapes), `device` the place of new tensors."""
         if symbols is None:
             symbols = bind_symbols(self.feeds, values)
         if device is None:
@@ -143,7 +143,7 @@ class Program:
 def run(
     network: Network, inputs: Sequence[torch.Tensor], constants: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """The outputs of a network for inputs in its order; `constants` by name (the network's own `values` need not be given)."""
+    """The outputs for inputs in the network's order; `constants` by name, those in `network.values` may be left out."""
     names = [tensor.name for tensor in network.inputs]
     if len(inputs) != len(names):
         raise NetworkError(f"{len(inputs)} inputs given, the network has {len(names)}: {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""The coarse class of a layer: the 47 kinds of TensorRT 9's `LayerType`, by which rules of TensorRT-LLM filter their roots."""
+"""The coarse class of a layer: the 47 kinds of TensorRT 9's `LayerType`, by which rules may filter their roots."""
 
 from __future__ import annotations
 
@@ -64,43 +64,53 @@ class LayerKind(Enum):
 _ATEN = {
     LayerKind.CONVOLUTION: "conv1d conv2d conv3d convolution",
     LayerKind.FULLY_CONNECTED: "linear addmm",
-    LayerKind.ACTIVATION: "relu relu6 sigmoid tanh silu gelu leaky_relu elu selu celu mish softplus hardsigmoid hardswish hardtanh "
+    LayerKind.ACTIVATION: "relu relu6 sigmoid tanh silu gelu leaky_relu elu selu celu mish softplus hardsigmoid "
+    "hardswish hardtanh "
     "clamp clamp_min clamp_max softsign log_sigmoid glu threshold",
-    LayerKind.POOLING: "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    LayerKind.POOLING: "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d "
     "adaptive_max_pool2d",
     LayerKind.SOFTMAX: "softmax _softmax log_softmax _log_softmax special_softmax",
     LayerKind.DECONVOLUTION: "conv_transpose1d conv_transpose2d conv_transpose3d",
     LayerKind.CONCATENATION: "cat concat concatenate stack hstack vstack",
-    LayerKind.ELEMENTWISE: "add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum eq ne lt le gt ge "
-    "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift atan2 addcmul "
+    LayerKind.ELEMENTWISE: "add sub rsub mul div true_divide floor_divide remainder fmod pow maximum minimum eq ne "
+    "lt le gt ge "
+    "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift "
+    "atan2 addcmul "
     "addcdiv lerp fmax fmin",
-    LayerKind.UNARY: "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal abs neg sin cos tan sinh cosh asin acos atan asinh "
+    LayerKind.UNARY: "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal abs neg sin cos tan sinh cosh asin "
+    "acos atan asinh "
     "acosh atanh erf erfc erfinv floor ceil round trunc sign square logical_not bitwise_not isnan isinf isfinite logit",
     LayerKind.PADDING: "pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
-    LayerKind.SHUFFLE: "view reshape _unsafe_view view_as reshape_as transpose permute t numpy_T mT unsqueeze squeeze flatten "
+    LayerKind.SHUFFLE: "view reshape _unsafe_view view_as reshape_as transpose permute t numpy_T mT unsqueeze "
+    "squeeze flatten "
     "unflatten movedim pixel_shuffle pixel_unshuffle",
     LayerKind.REDUCE: "sum mean prod amax amin any all var std max min logsumexp linalg_vector_norm norm argmax argmin",
     LayerKind.TOPK: "topk sort argsort kthvalue",
     LayerKind.GATHER: "embedding index_select gather index take take_along_dim repeat_interleave",
     LayerKind.MATRIX_MULTIPLY: "mm bmm matmul dot mv baddbmm addmv outer",
     LayerKind.IDENTITY: "alias clone contiguous detach dropout",
-    LayerKind.SLICE: "slice select narrow split split_with_sizes chunk unbind expand expand_as broadcast_to repeat flip roll",
+    LayerKind.SLICE: "slice select narrow split split_with_sizes chunk unbind expand expand_as broadcast_to repeat "
+    "flip roll",
     LayerKind.PARAMETRIC_RELU: "prelu",
     LayerKind.RESIZE: "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
     "upsample_bicubic2d upsample_trilinear3d",
     LayerKind.RECURRENCE: "cumsum cumprod lstm gru rnn_tanh rnn_relu",
     LayerKind.SELECT: "where masked_fill tril triu",
-    LayerKind.FILL: "full zeros ones arange linspace full_like zeros_like ones_like empty_like empty new_full new_zeros new_ones "
+    LayerKind.FILL: "full zeros ones arange linspace full_like zeros_like ones_like empty_like empty new_full "
+    "new_zeros new_ones "
     "new_empty rand randn rand_like randn_like eye fill zero scalar_tensor",
     LayerKind.QUANTIZE: "quantize_per_tensor quantize_per_channel",
     LayerKind.DEQUANTIZE: "dequantize",
-    LayerKind.SCATTER: "scatter scatter_add scatter_reduce index_put index_add index_copy index_fill slice_scatter select_scatter "
+    LayerKind.SCATTER: "scatter scatter_add scatter_reduce index_put index_add index_copy index_fill slice_scatter "
+    "select_scatter "
     "masked_scatter copy",
     LayerKind.EINSUM: "einsum",
     LayerKind.GRID_SAMPLE: "grid_sampler grid_sampler_2d grid_sampler_3d",
     LayerKind.ONE_HOT: "one_hot",
     LayerKind.NON_ZERO: "nonzero",
-    LayerKind.NORMALIZATION: "layer_norm native_layer_norm rms_norm group_norm native_group_norm instance_norm batch_norm",
+    LayerKind.NORMALIZATION: "layer_norm native_layer_norm rms_norm group_norm native_group_norm instance_norm "
+    "batch_norm",
     LayerKind.CAST: "to _to_copy type_as",
 }
 
@@ -138,7 +148,7 @@ _BY_NAME: Mapping[str, LayerKind] = MappingProxyType(
 
 @cache
 def kind_of(op: Operator) -> LayerKind:
-    """The kind of an operator's layers. What no kind fits, our own operators foremost, is a PLUGIN_V2, as in TensorRT-LLM."""
+    """The kind of an operator's layers. What fits no other kind, our own operators foremost, is a PLUGIN_V2."""
     if op in _OWN:
         return _OWN[op]
     if op.namespace == "aten":

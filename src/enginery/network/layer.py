@@ -24,14 +24,14 @@ class Provenance:
 
 
 class Layer:
-    """`args` holds a value for every argument of the schema, in its order: tensors, numbers, sizes, dtypes, None, tuples.
+    """`args` holds a value for every argument of the schema, in its order: tensors, numbers, sizes, dtypes, tuples.
 
     Made by `Network.call` only.
     """
 
     __slots__ = (
-        "_args", "_inputs", "_next", "_previous", "has_effects", "is_removed", "module_path", "name", "network", "op", "order",
-        "outputs", "provenance",
+        "_args", "_inputs", "_next", "_previous", "has_effects", "is_removed", "module_path", "name", "network", "op",
+        "order", "outputs", "provenance",
     )  # fmt: skip
 
     def __init__(self, network: Network, name: str, op: Operator, args: tuple) -> None:

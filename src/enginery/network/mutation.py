@@ -1,7 +1,7 @@
 """Functionalisation at import: calls that write to an intermediate become calls that make a new one.
 
 x.add_(1)            ->  x' = x + 1,                        later readers of x read x'
-x[:, :2].fill_(0)    ->  x' = slice_scatter(x, fill(x[:, :2], 0), …),  later readers of x and of its views read x' and its views
+x[:, :2].fill_(0)    ->  x' = slice_scatter(x, fill(x[:, :2], 0), …),  and so for its other views
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ aten = torch.ops.aten
 
 _VIEWS = frozenset(
     {
-        "view", "transpose", "permute", "t", "numpy_T", "mT", "unsqueeze", "squeeze", "select", "slice", "narrow", "expand",
-        "view_as", "expand_as", "flatten", "unflatten", "diagonal", "unfold", "split", "split_with_sizes", "chunk", "unbind",
-        "swapaxes", "movedim",
+        "view", "transpose", "permute", "t", "numpy_T", "mT", "unsqueeze", "squeeze", "select", "slice", "narrow",
+        "expand", "view_as", "expand_as", "flatten", "unflatten", "diagonal", "unfold", "split", "split_with_sizes",
+        "chunk", "unbind", "swapaxes", "movedim",
     }
 )  # fmt: skip
 _PERHAPS_VIEWS = frozenset({"reshape", "contiguous", "reshape_as"})

@@ -22,9 +22,9 @@ _ORDER_GAP = 1 << 40
 class Network:
     """A program of operator calls over values with shapes and dtypes.
 
-    Constants carry no data here: a constant is a name and a type, and layers over constants alone are expressions that are
-    evaluated once, when weights are bound. `values` holds the data of those constants that no checkpoint has (small tables
-    that the model computes, such as rotary frequencies).
+    Constants carry no data here: a constant is a name and a type, and layers over constants alone are expressions that
+    are evaluated once, when weights are bound. `values` holds the data of those constants that no checkpoint has
+    (small tables that the model computes, such as rotary frequencies).
     """
 
     def __init__(self) -> None:
@@ -51,9 +51,10 @@ class Network:
     ) -> Network:
         """The network of `module(*args, **kwargs)`, by torch.export; the module may be on the meta device.
 
-        Parameters and buffers become constants under their qualified names (shared ones become one), small tables that the
-        model computed keep their values. `dynamic_shapes` is as in torch.export; the names of its Dims become the names of
-        the symbolic sizes. Raises NetworkError where the module has no form as a network, naming the construct.
+        Parameters and buffers become constants under their qualified names (shared ones become one), small tables that
+        the model computed keep their values. `dynamic_shapes` is as in torch.export; the names of its Dims become the
+        names of the symbolic sizes. Raises NetworkError where the module has no form as a network, naming the
+        construct.
         """
         network = cls()
         fx.import_module(network, module, args, kwargs, dynamic_shapes)
@@ -134,7 +135,7 @@ class Network:
         return len(self._layers)
 
     def verify(self) -> None:
-        """Raises NetworkError that names the layer if the network is not sound: links, order, schemas, types, use-lists."""
+        """Raises NetworkError that names the layer if links, order, schemas, types or use-lists are not sound."""
         verify.verify(self)
 
     def diff(self, other: Network) -> str:
@@ -193,7 +194,7 @@ class Network:
         tensor.output_names += (name,)
 
     def call(self, op: Operator, *args: Any, name: str | None = None, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-        """Appends a call at the cursor (the end, unless inside `inserting_before`) and returns its output, or its outputs.
+        """Appends a call at the cursor (the end, unless inside `inserting_before`); its output, or its outputs.
 
         Shapes and dtypes are known at once. Raises NetworkError if the arguments do not fit the operator.
         """
@@ -275,7 +276,7 @@ class Network:
 
     @contextmanager
     def guarded(self, *, append: bool) -> Iterator[None]:
-        """Inside, the network cannot be changed, except that layers and constants are added if `append`. NetworkError else."""
+        """Inside, a change raises NetworkError; layers and constants may be added if `append`."""
         saved = self._guard
         self._guard = "only be appended to" if append else "not be changed"
         try:

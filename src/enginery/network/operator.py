@@ -165,7 +165,7 @@ def find_operator(name: str) -> Operator:
 
 
 def _is_function(op: Operator) -> bool:
-    """It computes tensors from tensors and literals: it neither writes nor reads files, and has no other kinds of values."""
+    """It computes tensors from tensors and literals, writes to nothing and reads no file."""
     known = signature(op)
     plain = all(re.sub(r"Optional|List|[\[\]]", "", text) in _VALUES for text in known.types)
     return (

@@ -1,4 +1,4 @@
-"""Reads the text form of a network (`text.py`): every name is defined once and before its use, every type is inferred again."""
+"""Reads the text form of a network (`text.py`): names are defined once and before their use, types inferred again."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ Types = tuple[tuple[tuple[Size, ...], torch.dtype], ...]
 def parse(network: Network, text: str, *, max_lines: int = MAX_LINES) -> None:
     """Adds what a text says to an empty network.
 
-    Raises NetworkError that names the line and the layer for text that is cut or malformed, an unknown operator, a name that is
-    used before its definition or defined twice, an argument or a type that does not fit, and more than `max_lines` lines.
+    Raises NetworkError that names the line and the layer for text that is cut or malformed, an unknown operator, a
+    name that is used before its definition or defined twice, an argument or a type that does not fit, and more than
+    `max_lines` lines.
     """
     count = text.count("\n") + 1
     if count > max_lines:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def to_python(network: Network) -> str:
-    """Source of `network(inputs…, constants)`, where `constants` maps names to tensors. Returns the outputs as a tuple."""
+    """Source of `network(inputs…, constants)`: `constants` maps names to tensors, the outputs come as a tuple."""
     return _Writer(network).write()
 
 

@@ -9,9 +9,10 @@
     %top: (float32[tokens, 2], int64[tokens, 2]) = aten.topk(%norm, 2)
     output best = %top#1
 
-Required arguments stand in schema order; of the others those that differ from their defaults, by name. `@` gives the module that
-made the call where the layer's name does not begin with it, `<-` the rule that made the layer and what it replaced. Names and
-labels of other characters are quoted as in JSON. Blank lines and lines that begin with `#` are skipped.
+Required arguments stand in schema order; of the others those that differ from their defaults, by name. `@` gives the
+module that made the call where the layer's name does not begin with it, `<-` the rule that made the layer and what it
+replaced. Names and labels of other characters are quoted as in JSON. Blank lines and lines that begin with `#` are
+skipped.
 """
 
 from __future__ import annotations
@@ -143,6 +144,6 @@ def label(name: str) -> str:
 
 
 def implied_path(name: str, short_name: str) -> str:
-    """The module path that a layer's name says: `a.b` of `a.b.linear` and `a.b.linear_2`, if the operator is `linear`."""
+    """The module path that a layer's name says: `a.b` of `a.b.linear` and `a.b.linear_2` of the operator `linear`."""
     path, _, last = name.rpartition(".")
     return path if last == short_name or _NUMBERED.sub("", last) == short_name else ""

@@ -15,8 +15,8 @@ from enginery.network.tensor import Tensor
 def infer_types(op: Operator, args: tuple) -> Types:
     """One `(shape, dtype)` per output of a call whose arguments are in normal form.
 
-    By the operator's shape rule, or else by FakeTensor, whose answers are remembered. Raises NetworkError if the arguments do
-    not fit the operator or if a size depends on data.
+    By the operator's shape rule, or else by FakeTensor, whose answers are remembered. Raises NetworkError if the
+    arguments do not fit the operator or if a size depends on data.
     """
     rule = RULES.get(op)
     try:
@@ -33,7 +33,7 @@ def _remembered(op: Operator, key: tuple) -> Types:
 
 
 def _key(value: Any) -> Any:
-    """An argument with its tensors replaced by their types, hashable; numbers that are equal across types stay apart."""
+    """An argument with its tensors replaced by their types, hashable; equal numbers of two types stay apart."""
     if isinstance(value, Tensor):
         return faketensor.Type(value.shape, value.dtype)
     if isinstance(value, tuple):

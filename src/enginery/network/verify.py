@@ -218,7 +218,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 
 
 def check_types(stated: Types, inferred: Types, ranges: Mapping[str, tuple[int, int | None]]) -> None:
-    """Raises NetworkError unless the types agree. Sizes of different form agree if they are equal over the symbols' ranges.
+    """Raises NetworkError unless the types agree. Sizes of two forms agree if they are equal over the symbols' ranges.
 
     That is tried on 16 draws, the ends of the ranges first.
     """

@@ -1,7 +1,8 @@
 """Shape functions: for each common operator, the shapes and dtypes of its outputs from those of its inputs.
 
-A rule takes the arguments of a call in normal form and gives one `(shape, dtype)` per output. It costs about a microsecond
-where torch's own shape propagation (FakeTensor) costs a few hundred; `tests/network/test_types.py` holds the two equal.
+A rule takes the arguments of a call in normal form and gives one `(shape, dtype)` per output. It costs about a
+microsecond where torch's own shape propagation (FakeTensor) costs a few hundred; `tests/network/test_types.py` holds
+the two equal.
 """
 
 from __future__ import annotations

@@ -89,10 +89,12 @@ RULES = table(
         "add.Tensor add.Scalar sub.Tensor sub.Scalar mul.Tensor mul.Scalar rsub.Tensor rsub.Scalar maximum minimum "
         "pow.Tensor_Tensor pow.Tensor_Scalar pow.Scalar remainder.Tensor remainder.Scalar remainder.Scalar_Tensor "
         "fmod.Tensor fmod.Scalar floor_divide floor_divide.Scalar max.other min.other fmax fmin "
-        "bitwise_and.Tensor bitwise_and.Scalar bitwise_or.Tensor bitwise_or.Scalar bitwise_xor.Tensor bitwise_xor.Scalar "
+        "bitwise_and.Tensor bitwise_and.Scalar bitwise_or.Tensor bitwise_or.Scalar bitwise_xor.Tensor "
+        "bitwise_xor.Scalar "
         "__and__.Tensor __and__.Scalar __or__.Tensor __or__.Scalar __xor__.Tensor __xor__.Scalar "
         "bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor "
-        "bitwise_right_shift.Tensor_Scalar __lshift__.Scalar __lshift__.Tensor __rshift__.Scalar __rshift__.Tensor": binary,
+        "bitwise_right_shift.Tensor_Scalar __lshift__.Scalar __lshift__.Tensor __rshift__.Scalar "
+        "__rshift__.Tensor": binary,
         "div.Tensor div.Scalar true_divide.Tensor true_divide.Scalar atan2": quotient,
         "div.Tensor_mode div.Scalar_mode": rounded_quotient,
         "eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar "

@@ -29,7 +29,7 @@ def gather(self: Tensor, dim: int, index: Tensor, *rest: Any) -> Types:
 
 
 def index(self: Tensor, indices: tuple) -> Types:
-    """Advanced indexing: the index tensors broadcast together and stand where the first stood if they are neighbours."""
+    """Advanced indexing: the indices broadcast together; the result stands at the first if they are neighbours."""
     rank = len(self.shape)
     if any(entry is not None and entry.dtype in (torch.bool, torch.uint8) for entry in indices):
         raise NetworkError("indexing by a mask gives a size that depends on data")

@@ -14,7 +14,7 @@ from enginery.network.tensor import Tensor
 
 
 class Sketch:
-    """As much of a torch.Tensor as the shape function of an op may ask for: its shape, its dtype, and empty ones like it."""
+    """As much of a torch.Tensor as the shape function of an op may ask for: shape, dtype and empty ones like it."""
 
     __slots__ = ("dtype", "shape")
 

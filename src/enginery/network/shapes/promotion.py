@@ -1,7 +1,7 @@
 """Type promotion (https://docs.pytorch.org/docs/stable/tensor_attributes.html#type-promotion-doc).
 
-Operands fall in three groups: tensors with dimensions, scalars (tensors without), and Python numbers. The first group decides
-unless a later one is of a higher category (bool < integer < floating < complex).
+Operands fall in three groups: tensors with dimensions, scalars (tensors without), and Python numbers. The first group
+decides unless a later one is of a higher category (bool < integer < floating < complex).
 """
 
 from __future__ import annotations
@@ -66,10 +66,8 @@ def result_type_of(values: tuple | list) -> torch.dtype:
         groups[group] = dtype if present is None else promote(present, dtype)
     result: torch.dtype | None = None
     for dtype in reversed(groups):
-        if result is None or dtype is None:
-            result = dtype if result is None else result
-        else:
-            result = _overrule(dtype, result)
+        if dtype is not None:
+            result = dtype if result is None else _overrule(dtype, result)
     if result is None:
         raise NetworkError("no operands")
     return result

@@ -50,7 +50,8 @@ def differ(left: Size, right: Size) -> bool:
     gap = left - right
     if isinstance(gap, int):
         return gap != 0
-    return lower_bound(gap, {}) > 0 or lower_bound(-gap, {}) > 0  # type: ignore[arg-type]  # (the negative of a Dim is one)
+    low, high = bounds_of(gap, {})
+    return low > 0 or high < 0
 
 
 def at_most(left: Size, right: Size, ranges: Mapping[str, tuple[int, int | None]]) -> bool:
