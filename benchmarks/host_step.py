@@ -3,9 +3,9 @@
     python benchmarks/host_step.py            # table and one JSON line
     python benchmarks/host_step.py --write    # also benchmarks/results/host_step.json
 
-The engine returns ready logits over a vocabulary of 32000, of a shape that language models give (Zipf over a random order of the
-tokens, plus noise); its own time is not counted. Medians over the decode steps, in milliseconds; sampling runs on the CPU, one thread,
-without a tokenizer (token-only) unless the row says otherwise.
+The engine returns ready logits over a vocabulary of 32000, of a shape that language models give (Zipf over a random
+order of the tokens, plus noise); its own time is not counted. Medians over the decode steps, in milliseconds; sampling
+runs on the CPU, one thread, without a tokenizer (token-only) unless the row says otherwise.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ fallback."""
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def byte_fallback() -> Plain:
     vocabulary = {"<unk>": 0, "<eos>": 1, **{f"<0x{byte:02X}>": 2 + byte for byte in range(256)}}
     for letter in letters:
         vocabulary[letter] = len(vocabulary)
-    inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))  # noqa: S106 (not a password)
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -208,7 +209,7 @@ def test_text_of_a_request(
     assert whole == expected
     assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == (reason, stop_reason)
     if kind is RequestOutputKind.CUMULATIVE:
-        assert all(later.text.startswith(earlier.text) for earlier, later in zip(pieces, pieces[1:], strict=False))
+        assert all(later.text.startswith(earlier.text) for earlier, later in pairwise(pieces))
     if kind is RequestOutputKind.FINAL_ONLY:
         assert len(pieces) == 1
 

@@ -129,7 +129,8 @@ def test_without_max_tokens_generation_ends_with_the_context() -> None:
 
 def test_numpy_prompts_are_welcome() -> None:
     session = make_session()
-    assert session.generate([np.array([1, 2, 3])], GREEDY) and session.generate([(1, 2, 3)], GREEDY)
+    outputs = session.generate([np.array([1, 2, 3]), (1, 2, 3), [1, 2, 3]], GREEDY)
+    assert outputs[0].outputs == outputs[1].outputs == outputs[2].outputs
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,9 @@ class Batch:
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
-            noise=uniform_noise(self._seed[rows], self._choice[rows] if plan.choices is None else plan.choices, lengths),
+            noise=uniform_noise(
+                self._seed[rows], self._choice[rows] if plan.choices is None else plan.choices, lengths
+            ),
             num_logprobs=self._num_logprobs[rows],
             edits=edits.build(),
         )

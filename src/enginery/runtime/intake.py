@@ -65,6 +65,7 @@ class Intake:
             self._set_sampling(request, params)
         else:
             wanted = num_candidates(params.beam_width, len(request.stop_token_ids))
+            request.num_forks = params.beam_width - 1
             request.num_beam_candidates = min(wanted, self._limits.vocab_size)
         return request
 
@@ -117,6 +118,7 @@ class Intake:
         if self._tokenizer is None and (params.stop or params.bad_words):
             raise RequestError("stop and bad_words need a tokenizer", "Use stop_token_ids and logit_bias")
         request.num_choices = params.n
+        request.num_forks = params.n - 1
         request.wants_prompt_logprobs = params.prompt_logprobs is not None
         request.reads_prefix_cache = not (request.wants_prompt_logprobs or params.skip_reading_prefix_cache)
         if request.wants_prompt_logprobs:

@@ -43,6 +43,8 @@ class Request:
     """Prefix-cache namespace of its first block."""
     num_choices: int = 1
     """Sequences sampled from the prompt's logits."""
+    num_forks: int = 0
+    """Sequences that join the first one when the prompt is computed."""
     num_beam_candidates: int = 0
     num_beams_made: int = 0
     wants_prompt_logprobs: bool = False

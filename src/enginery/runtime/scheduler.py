@@ -117,8 +117,10 @@ class Scheduler:
     def _admit(self, schedule: Schedule) -> None:
         """Waiting sequences in order, until the first that does not fit."""
         prompt_logits = self._max_prompt_logits - sum(self._prompt_logits(s, n) for s, n, _, _ in schedule.items)
-        while self.waiting and self._free_rows and schedule.num_tokens < self.limits.max_num_tokens:
+        while self.waiting and schedule.num_tokens < self.limits.max_num_tokens:
             sequence = self.waiting[0]
+            if not self._has_rows_for(sequence):
+                return
             if schedule.items and sequence is self._blocked and self.blocks.num_free <= self._blocked_at:
                 return
             hits, digests = self._find_prefix(sequence)
@@ -148,8 +150,18 @@ class Scheduler:
         while self.running:
             head = self.waiting[0]
             self.preempt(self.running[-1])
-            if self.blocks.blocks_for(head.num_tokens) <= self.blocks.num_free and self._free_rows:
+            if self.blocks.blocks_for(head.num_tokens) <= self.blocks.num_free and self._has_rows_for(head):
                 return
+
+    def _has_rows_for(self, sequence: Sequence) -> bool:
+        """A row, and for a prompt to be forked one for each completion, so that they share its blocks from the
+        start."""
+        free = len(self._free_rows)
+        if free == 0:
+            return False
+        promised = sum(s.request.num_forks for s in self.running if not s.request.is_prefilled)
+        forks = 0 if sequence.request.is_prefilled else sequence.request.num_forks
+        return min(1 + forks, self.limits.max_num_seqs) <= free - promised
 
     # ---- memory
 
