@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from enginery.errors import RewriteError
 from enginery.network.network import Network
 from enginery.rewriting.binding import BoundRule, bind
+from enginery.rewriting.expectations import repeated_blocks, unmet_expectation
 from enginery.rewriting.explain import Miss, nearest_miss
-from enginery.rewriting.phase import Phase
 from enginery.rewriting.report import Report
 from enginery.rewriting.rule import PatternRewriter
+from enginery.rewriting.run import Run
+from enginery.rewriting.verification import run_verified
 
 
 class RewritePatternManager:
@@ -22,7 +24,9 @@ class RewritePatternManager:
         for rule in rules:
             self.add(rule)
 
-    def add(self, label: str | PatternRewriter, rule: PatternRewriter | None = None, benefit: int | None = None) -> None:
+    def add(
+        self, label: str | PatternRewriter, rule: PatternRewriter | None = None, benefit: int | None = None
+    ) -> None:
         """`add(rule)` or `add(label, rule)`; the label is the class name unless given. RewriteError if it is taken."""
         if not isinstance(label, str):
             return self.add(type(label).__name__, label, benefit)
@@ -55,11 +59,28 @@ class RewritePatternManager:
         Raises RewriteError if a rule breaks its contract: the network is then as it was before that rule's application.
         Raises RewriteLimitError beyond `limit`, and RewriteError if a rule's `expect` is not met: as it was before this call.
         """
-        limit = limit if limit is not None else 10 * len(network) + 1000
-        phase = Phase(network, list(self._rules.values()), args or {}, limit=limit)
-        report = phase.run()
+        bound = limit if limit is not None else 10 * len(network) + 1000
+        rules = list(self._rules.values())
+
+        def start(without: Collection[str], stop_after: int | None) -> Run:
+            return Run(network, rules, args or {}, limit=bound, stop_after=stop_after, without=without)
+
+        blocks = (
+            repeated_blocks(layer.module_path for layer in network)
+            if any(rule.source.expect for rule in rules)
+            else frozenset()
+        )
+        if verify is not False:
+            run = run_verified(network, start, verify)
+        else:
+            run = start((), None)
+            run.run()
+        broken = unmet_expectation(network, run.report, rules, blocks)
+        if broken is not None:
+            run.undo()
+            raise broken
         network.verify()
-        return report
+        return run.report
 
     def explain(self, network: Network, label: str | None = None) -> dict[str, Miss | None]:
         """The nearest miss of each rule (or of one); None where a rule would match. The network is not changed."""

@@ -105,6 +105,7 @@ class Var(Pattern):
     ) -> None:
         """`shape` may hold None for any size; `distinct` forbids that another variable is the same tensor."""
         self.name, self.users, self.distinct, self.constant, self.rank = name, users, distinct, constant, rank
+        self.dtype = dtype[0] if isinstance(dtype, tuple) else dtype
         self.tests = _tensor_tests(users, dtype, rank, shape, where, constant)
 
     def bound_source(self, scope: Scope) -> Callable[[Registers], Tensor] | None:

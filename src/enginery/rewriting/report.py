@@ -53,8 +53,8 @@ class Report:
     layers_before: int = 0
     layers_after: int = 0
     milliseconds: float = 0.0
-    verified: bool | None = None
-    """None: not asked for"""
+    verified: bool = False
+    """the network was run before and after; rules that changed an output were taken back"""
 
     def __getitem__(self, label: str) -> RuleReport:
         return self.rules[label]
@@ -75,9 +75,10 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(_cell(row[i], widths[i], i) for i in range(len(row))).rstrip() for row in rows]
         summary = f"{self.layers_before} layers → {self.layers_after}, {self.milliseconds:.2f} ms"
-        return "\n".join(
-            [*lines, summary + ("" if self.verified is None else ", verified" if self.verified else ", not verified")]
-        )
+        if self.verified:
+            taken_back = [rule.label for rule in self.rules.values() if rule.rolled_back]
+            summary += f", verified{' without ' + ', '.join(taken_back) if taken_back else ''}"
+        return "\n".join([*lines, summary])
 
     def to_json(self) -> dict[str, Any]:
         return {

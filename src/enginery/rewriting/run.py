@@ -1,16 +1,15 @@
-"""One run of a set of rules over one network: the worklist, and what happens to what a rule returns."""
+"""One run of a manager over one network: the worklist, and what happens to what a rule returns."""
 
 from __future__ import annotations
 
-import gc
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 from enginery.errors import EngineryError, RewriteError, RewriteLimitError
+from enginery.network.collection import paused_collection
 from enginery.network.layer import Layer, tensors_in
 from enginery.network.network import Network
 from enginery.network.operator import signature
@@ -31,13 +30,14 @@ class _Candidate:
     args: Mapping[str, Any]
 
 
-class Phase:
+class Run:
     """Not reusable. After `run`, `undo` takes all of it back."""
 
     def __init__(
-        self, network: Network, rules: Sequence[BoundRule], args: Mapping[str, Any], *, limit: int, stop_after: int | None = None
-    ) -> None:
-        """`limit` applications are an error; after `stop_after` of them the run ends."""
+        self, network: Network, rules: Sequence[BoundRule], args: Mapping[str, Any], *, limit: int,
+        stop_after: int | None = None, without: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        """`limit` applications are an error; after `stop_after` of them the run ends. Rules in `without` stay out of it."""
         self.network = network
         self.limit, self.stop_after = limit, stop_after
         self.report = Report(layers_before=len(network), layers_after=len(network))
@@ -46,7 +46,8 @@ class Phase:
             fact = RuleReport(rule.label, rule.location, rule.benefit)
             self.report.rules[rule.label] = fact
             own = {**rule.args, **args}
-            self._candidates += [_Candidate(way, fact, own) for way in rule.ways]
+            if rule.label not in without:
+                self._candidates += [_Candidate(way, fact, own) for way in rule.ways]
         self._candidates.sort(key=lambda candidate: -candidate.way.rule.benefit)
         self._by_op: dict[int, tuple[_Candidate, ...]] = {}
         """by the identity of the operator: hashing an OpOverload costs more than a rejected match"""
@@ -59,7 +60,7 @@ class Phase:
 
     def run(self) -> Report:
         start = perf_counter()
-        with _no_collection():
+        with paused_collection():
             for layer in self.network:
                 self._enter(layer)
             self._drain()
@@ -189,7 +190,11 @@ class Phase:
             candidate.fact.matched += way.check is None
             roots, matched, output = [root], {root: None}, 0
         else:
-            roots, matched, output = [registers[slot] for slot in matcher.roots], matcher.layers(registers), matcher.output
+            roots, matched, output = (
+                [registers[slot] for slot in matcher.roots],
+                matcher.layers(registers),
+                matcher.output,
+            )
         edit.collect(root)
         try:
             pairs = pairs_of(result, roots, output)
@@ -227,7 +232,9 @@ class Phase:
         for old, new in pairs:
             if new.network is not self.network or (new.parent is not None and new.parent.is_removed):
                 raise _broken(way, root, f"returned {new.name}, which is not in this network")
-            if (new.shape != old.shape and not rule.changes_shape) or (new.dtype != old.dtype and not rule.changes_dtype):
+            if (new.shape != old.shape and not rule.changes_shape) or (
+                new.dtype != old.dtype and not rule.changes_dtype
+            ):
                 fix = "Cast or reshape the replacement, or declare changes_dtype or changes_shape on the rule"
                 raise _broken(way, root, f"returned {new!r} for {old!r}", fix)
 
@@ -300,15 +307,3 @@ def _covers(added: Sequence[Layer], old: Layer) -> bool:
         written -= {tensor for place in new.written for tensor in tensors_in(layer.args[place])}
         draws = draws and not new.random
     return not written and not draws
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Puts the cycle collector off: a phase makes many objects and drops few, and full collections would dominate it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
