@@ -19,7 +19,7 @@ from enginery.network import Network
 from enginery.rewriting.manager import RewritePatternManager
 from enginery.rewriting.report import Report
 from enginery.rewriting.rule import PatternRewriter
-from enginery.rewriting.rules.cancel_transposes import CancelTransposes, SelectBeforeTranspose
+from enginery.rewriting.rules.cancel_transposes import CancelTransposes, PermuteToTranspose, SelectBeforeTranspose
 from enginery.rewriting.rules.cancel_unsqueeze import CancelUnsqueeze
 from enginery.rewriting.rules.common_subexpressions import CommonSubexpressions
 from enginery.rewriting.rules.dead_code import DeadCode
@@ -27,12 +27,14 @@ from enginery.rewriting.rules.drop_casts import DropCasts
 from enginery.rewriting.rules.drop_copies import DropCopies
 from enginery.rewriting.rules.drop_identities import DropIdentities
 from enginery.rewriting.rules.drop_views import DropViews
+from enginery.rewriting.rules.expand_baddbmm import ExpandBaddbmm
 from enginery.rewriting.rules.gather_logits import GatherEarlier, gather_output
 from enginery.rewriting.rules.linear_from_matmul import BiasIntoLinear, LinearFromMatmul
 from enginery.rewriting.rules.merge_parallel_linears import MergeParallelLinears
 from enginery.rewriting.rules.merge_reshapes import MergeReshapes
 from enginery.rewriting.rules.pack_linears import PackLinears, PackTiedEmbedding
 from enginery.rewriting.rules.page_attention import PageAttention, open_cache
+from enginery.rewriting.rules.recognise_attention import RecogniseAttention
 from enginery.rewriting.rules.view_to_reshape import ViewToReshape
 
 
@@ -59,16 +61,17 @@ class Phase:
     wanted: Callable[[PipelineConfig], bool] = lambda config: True
 
 
+TIDY: tuple[type[PatternRewriter], ...] = (
+    DeadCode, DropCasts, DropCopies, DropViews, DropIdentities, ViewToReshape, MergeReshapes, CancelUnsqueeze,
+    PermuteToTranspose, CancelTransposes, SelectBeforeTranspose, CommonSubexpressions,
+)  # fmt: skip
+"""what leaves a network's values as they are and makes equal things look equal"""
+
 USER_RULES = "user rules"
 
 PHASES: tuple[Phase, ...] = (
-    Phase(
-        "canonicalise",
-        (
-            DeadCode, DropCasts, DropCopies, DropViews, DropIdentities, ViewToReshape, MergeReshapes, CancelUnsqueeze,
-            CancelTransposes, SelectBeforeTranspose, LinearFromMatmul, BiasIntoLinear, CommonSubexpressions,
-        ),
-    ),
+    Phase("canonicalise", (*TIDY, LinearFromMatmul, BiasIntoLinear, ExpandBaddbmm)),
+    Phase("recognise attention", (RecogniseAttention, *TIDY)),
     Phase("fuse", (MergeParallelLinears,)),
     Phase(USER_RULES),
     Phase(

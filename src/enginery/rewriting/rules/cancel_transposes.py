@@ -33,6 +33,19 @@ class CancelTransposes(PatternRewriter):
         return inner.inputs[0]
 
 
+class PermuteToTranspose(PatternRewriter):
+    """permute(x, the identity but for a and b exchanged) = transpose(x, a, b)"""
+
+    root_layer = (aten.permute.default,)
+
+    def match_and_rewrite(self, layer: Layer) -> Any:
+        x, order = layer.args
+        moved = [axis for axis, source in enumerate(order) if source % x.rank != axis]
+        if not moved:
+            return x
+        return x.transpose(*moved) if len(moved) == 2 else None
+
+
 class SelectBeforeTranspose(PatternRewriter):
     """select(transpose(x, a, b), d, i) = transpose(select(x, d', i), a', b')"""
 
