@@ -25,7 +25,7 @@ from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind
 from enginery.runtime.session import Session, SessionConfig
 from enginery.runtime.stats import SessionStats
 
-BUNDLED_MODEL = Path(__file__).parent / "models" / "enginery-5m"
+BUNDLED_MODEL = Path(__file__).parent / "models" / "enginery-6m"
 CARRIED_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip

@@ -76,9 +76,13 @@ def gpu() -> dict[str, str]:
 
 
 def kernel_rows() -> list[tuple[str, str, str]]:
-    from enginery.kernels.table import rows
+    """Each op with the kernel that would run it, after loading (and on the first use compiling) what there is."""
+    import torch
 
-    return [tuple(row) for row in rows()]  # type: ignore[misc]
+    from enginery.kernels.table import TABLE
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [(row.op, row.kernel, row.reason) for row in TABLE.load(device)]
 
 
 def register(app: typer.Typer) -> None:
