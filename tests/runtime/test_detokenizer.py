@@ -127,16 +127,6 @@ def test_work_grows_linearly(name: str) -> None:
     assert tokenizer.num_decoded < 80 * len(token_ids)
 
 
-def test_a_copy_goes_its_own_way() -> None:
-    head, tail = BYTE_LEVEL.encode("学习")[:1], BYTE_LEVEL.encode("学习")[1:]
-    first = Detokenizer(BYTE_LEVEL)
-    for token_id in head:
-        first.push(token_id)
-    second = first.copy()
-    assert "".join(second.push(token_id) for token_id in tail) + second.flush() == "学习"
-    assert "".join(first.push(token_id) for token_id in tail) + first.flush() == "学习"
-
-
 # ---- stop strings
 
 

@@ -195,6 +195,17 @@ def test_prefix_hits_save_work_and_are_reported() -> None:
     assert first.outputs == second.outputs == unread.outputs
 
 
+def test_reset_forgets_the_prefixes() -> None:
+    session = make_session()
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    first = session.generate([list(range(20))], params)[0]
+    session.reset_prefix_cache()
+    assert len(session.scheduler.cache) == 0
+    again = session.generate([list(range(20))], params)[0]
+    assert again.num_cached_tokens == 0
+    assert again.outputs == first.outputs
+
+
 def test_other_salts_do_not_hit() -> None:
     session = make_session()
     params = SamplingParams(max_tokens=1, temperature=0.0)

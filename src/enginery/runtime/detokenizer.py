@@ -62,13 +62,6 @@ class Detokenizer:
         text = self._decode(self._window, skip_special_tokens=self._skip)
         return self._show(text, len(text))
 
-    def copy(self) -> Detokenizer:
-        twin = object.__new__(Detokenizer)
-        for name in self.__slots__:
-            setattr(twin, name, getattr(self, name))
-        twin._window = list(self._window)
-        return twin
-
     def _show(self, text: str, end: int) -> str:
         if end <= len(self._shown) or not (self._is_at_rest or text.startswith(self._shown)):
             return ""

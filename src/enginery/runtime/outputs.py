@@ -27,7 +27,6 @@ class RequestMetrics:
     """Times of one request in seconds of the monotonic clock (`time.monotonic`), None while not reached."""
 
     arrival_time: float
-    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0

@@ -45,21 +45,22 @@ class Completion:
 
     def output(self, kind: RequestOutputKind) -> CompletionOutput:
         sequence = self._sequence
-        first = sequence.request.num_prompt_tokens
+        start = first = len(sequence.request.prompt_token_ids)
         is_delta = kind is RequestOutputKind.DELTA
-        start = self._num_taken if is_delta else 0
-        self._num_taken = len(sequence.token_ids) - first
+        if is_delta:
+            start += self._num_taken
+            self._num_taken = len(sequence.token_ids) - first
         self.is_new = False
         logprobs = sequence.logprobs
         return CompletionOutput(
-            index=sequence.index,
-            text=self._output_text(is_delta),
-            token_ids=sequence.token_ids[first + start :],
-            cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob,
-            logprobs=logprobs[start:] if logprobs is not None else None,
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-            error=sequence.error,
+            sequence.index,
+            "" if self._tokenizer is None else self._output_text(self._tokenizer, is_delta),
+            sequence.token_ids[start:],
+            None if logprobs is None else sequence.cumulative_logprob,
+            None if logprobs is None else logprobs[start - first :],
+            sequence.finish_reason,
+            sequence.stop_reason,
+            sequence.error,
         )
 
     def close(self) -> None:
@@ -81,12 +82,10 @@ class Completion:
             sequence.finish_reason, sequence.stop_reason = "stop", stop
         text.is_final = sequence.finish_reason is not None
 
-    def _output_text(self, is_delta: bool) -> str:
-        if self._text is not None:
-            return self._text.take() if is_delta else self._text.visible
-        if self._tokenizer is None:
-            return ""
-        return final_text(self._sequence, self._sequence.output_token_ids, self._tokenizer)
+    def _output_text(self, tokenizer: Tokenizer, is_delta: bool) -> str:
+        if self._text is None:
+            return final_text(self._sequence, self._sequence.output_token_ids, tokenizer)
+        return self._text.take() if is_delta else self._text.visible
 
 
 def final_text(sequence: Sequence, token_ids: list[int], tokenizer: Tokenizer) -> str:
@@ -104,7 +103,7 @@ class Response:
         self.request = request
         self.search: BeamSearch | None = None
         self._tokenizer = tokenizer
-        self._completions: dict[Sequence, Completion] = {}
+        self._completions: list[Completion] = []
         if isinstance(request.params, BeamSearchParams):
             self.search = BeamSearch(request, request.params)
         else:
@@ -127,30 +126,30 @@ class Response:
         if not completions:
             return None
         return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            prompt_logprobs=request.prompt_logprobs if request.is_prefilled else None,
-            outputs=completions,
-            finished=finished,
-            num_cached_tokens=request.num_cached_tokens or 0,
-            metrics=request.metrics,
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            request.prompt_logprobs if request.is_prefilled else None,
+            completions,
+            finished,
+            request.num_cached_tokens or 0,
+            request.metrics,
         )
 
     def _completion(self, sequence: Sequence) -> Completion:
-        completion = self._completions.get(sequence)
-        if completion is None:
-            completion = self._completions[sequence] = Completion(sequence, self._tokenizer, self._params)
-        return completion
+        completions = self._completions
+        while len(completions) <= sequence.index:
+            following = self.request.sequences[len(completions)]
+            completions.append(Completion(following, self._tokenizer, self._params))
+        return completions[sequence.index]
 
     def _sampled(self, finished: bool) -> list[CompletionOutput]:
         kind = self._params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return []
-        ordered = [self._completion(sequence) for sequence in self.request.sequences]
         if kind is RequestOutputKind.DELTA:
-            ordered = [completion for completion in ordered if completion.is_new]
-        return [completion.output(kind) for completion in ordered]
+            return [completion.output(kind) for completion in self._completions if completion.is_new]
+        return [completion.output(kind) for completion in self._completions]
 
     def _beams(self, finished: bool) -> list[CompletionOutput]:
         if not finished or self.search is None:

@@ -177,6 +177,10 @@ class Session:
         """Counters since the start and the state of the memory now."""
         return collect(self._stats, self.scheduler)
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets what freed blocks hold; running requests keep theirs."""
+        self.scheduler.blocks.drop_cached()
+
     def close(self) -> None:
         """Cancels everything and closes the engine."""
         for request_id in list(self._requests):

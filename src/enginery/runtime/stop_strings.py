@@ -6,20 +6,18 @@ from __future__ import annotations
 class StopStrings:
     """Watches for the stop string that is completed first, however the text is cut into pieces."""
 
-    __slots__ = ("_longest", "stops")
+    __slots__ = ("stops",)
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.stops = stops
-        self._longest = max(map(len, stops), default=0)
 
     def find(self, text: str, num_new: int) -> tuple[int, str] | None:
         """Start and text of the stop string that ends first within the last `num_new` characters (of equal ones the
         longest)."""
-        begin = max(0, len(text) - num_new - self._longest + 1)
         best: tuple[int, int, str] | None = None
         for stop in self.stops:
             # An end at or before the known text was looked at before, and passed over (min_tokens).
-            start = text.find(stop, max(begin, len(text) - num_new - len(stop) + 1))
+            start = text.find(stop, max(0, len(text) - num_new - len(stop) + 1))
             if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
                 best = (start + len(stop), start, stop)
         return None if best is None else (best[1], best[2])
@@ -73,8 +71,3 @@ class OutputText:
         new = visible[self._shown :]
         self._shown = len(visible)
         return new
-
-    def copy(self) -> OutputText:
-        twin = OutputText(self._stops, self._include_stop)
-        twin.text, twin.is_final, twin._shown = self.text, self.is_final, self._shown
-        return twin

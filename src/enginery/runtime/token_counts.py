@@ -39,9 +39,3 @@ class TokenCounts:
             self._tokens[place] = token
             self.size += 1
         self._counts[place] += 1
-
-    def copy(self) -> TokenCounts:
-        twin = TokenCounts((), ())
-        twin._index, twin.size = dict(self._index), self.size
-        twin._tokens, twin._counts = self._tokens.copy(), self._counts.copy()
-        return twin
