@@ -153,66 +153,79 @@ def weights_for(features: int, depth: int) -> list[torch.Tensor]:
 
 def project(weights: list[torch.Tensor], rows: int, function: Callable) -> float:
     """TB/s of weights read."""
-    input = torch.randn(rows, weights[0].shape[1], device="cuda", dtype=weights[0].dtype)
-    return weights[0].numel() * 2 / seconds([partial(function, input, weight) for weight in weights]) / 1e12
+    input = torch.randn(rows, weights[0].shape[1], device="cuda", dtype=torch.bfloat16)
+    volume = weights[0].numel() * weights[0].element_size()
+    return volume / seconds([partial(function, input, weight) for weight in weights]) / 1e12
 
 
 def decode_candidates(splits: Iterable[int]) -> list[LaunchPlan]:
     shapes = [
-        (32, 4, 4),
-        (32, 4, 5),
-        (32, 4, 6),
-        (32, 2, 5),
-        (64, 4, 3),
-        (64, 4, 5),
-        (64, 8, 3),
-        (64, 8, 5),
-        (128, 8, 3),
-        (128, 8, 4),
-    ]
+        (16, 1, 5, None), (16, 2, 5, 168), (16, 2, 8, 168), (16, 2, 8, 128), (16, 4, 5, None), (16, 4, 8, None),
+        (16, 4, 8, 128), (32, 2, 5, None), (32, 2, 5, 168), (32, 4, 5, None), (32, 4, 5, 168), (64, 4, 5, None),
+        (64, 4, 5, 168),
+    ]  # fmt: skip
     base = default_plan(1, 1, 8192)
-    tilings = [Tiling(16, *shape) for shape in shapes]
     return [
-        replace(base, short=tiling, splits=count, overlap=overlap)
-        for tiling, count, overlap in itertools.product(tilings, splits, (False, True))
+        replace(base, short=Tiling(16, *shape), splits=count, overlap=overlap)
+        for shape, count, overlap in itertools.product(shapes, splits, (False, True))
         if count > 1 or not overlap
     ]
 
 
-DECODE_SPLITS = {(1, 8192): (16, 32, 64), (16, 8192): (2, 4, 8), (128, 256): (1, 2), (256, 192): (1,)}
+DECODE_SPLITS = {(1, 8192): (16, 32, 64), (16, 8192): (2, 4), (128, 256): (1, 2), (256, 192): (1,)}
 
 
 def prefill_candidates() -> list[LaunchPlan]:
-    shapes = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 4, 3),
-              (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 32, 4, 4), (128, 64, 4, 3)]  # fmt: skip
+    shapes = [
+        (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3),
+        (64, 64, 4, 2, 168), (64, 64, 4, 3, 168), (128, 32, 4, 3), (256, 64, 16, 2), (256, 32, 8, 3),
+    ]  # fmt: skip
     return [replace(default_plan(1, 1024, 1024), long=Tiling(*shape)) for shape in shapes]
 
 
-def linear_candidates(rows: int) -> list[Tiles]:
-    in_registers = [(1, 1024), (1, 2048), (2, 1024), (2, 2048), (4, 512), (4, 1024), (8, 256), (8, 512), (16, 256)]
-    by_rows = [
-        Tiles("rows", *shape, warps, stages) for shape, warps, stages in itertools.product(in_registers, (4, 8), (1, 3))
-    ]
-    by_tiles = [
-        Tiles("tiles", block_n, block_k, warps, stages)
-        for (block_n, warps), (block_k, stages) in itertools.product(
-            ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4)), ((64, 8), (128, 4), (128, 6), (256, 3), (256, 5))
-        )
-        if (block_n + 16) * block_k * 2 * stages <= 200_000
-    ]
-    return [*(by_rows if rows <= 4 else []), *by_tiles]
+def linear_candidates(rows: int, itemsize: int) -> list[Tiles]:
+    """Depths are those of 2-byte weights; a narrower weight has tiles of as many bytes."""
+    in_registers = [
+        (8, 512, 4, 3), (8, 512, 4, 4), (8, 512, 4, 5), (4, 512, 4, 3), (4, 512, 4, 5), (4, 1024, 4, 3),
+        (8, 1024, 8, 3), (16, 256, 4, 3), (16, 512, 8, 3), (8, 256, 4, 4), (8, 512, 4, 1), (4, 1024, 4, 1),
+    ]  # fmt: skip
+    on_tensor_cores = [
+        (64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 4, 6), (64, 128, 4, 8), (64, 256, 4, 4), (64, 64, 4, 8),
+        (64, 64, 4, 12), (128, 64, 4, 8), (128, 128, 4, 4), (128, 128, 8, 4), (32, 256, 4, 5), (32, 256, 4, 6),
+        (32, 512, 4, 3), (32, 128, 2, 6), (16, 256, 2, 3),
+    ]  # fmt: skip
+    candidates = [Tiles("tiles", n, k * 2 // itemsize, *rest) for n, k, *rest in on_tensor_cores]
+    if rows <= 4:
+        candidates += [Tiles("rows", n, k * 2 // itemsize, *rest) for n, k, *rest in in_registers]
+    return candidates
 
 
-def compile_one(job: LaunchPlan | tuple[Tiles, int, int]) -> str:
+@dataclass(frozen=True)
+class LinearJob:
+    """What decides a compilation: the tiles, the padded rows, the depth, and whether the weight is float8."""
+
+    tiles: Tiles
+    rows: int
+    depth: int
+    narrow: bool
+
+    @classmethod
+    def of(cls, tiles: Tiles, rows: int, depth: int, narrow: bool) -> LinearJob:
+        return cls(tiles, rows if tiles.kernel == "rows" else linear.MAX_ROWS, depth, narrow)
+
+
+def compile_one(job: LaunchPlan | LinearJob) -> str:
     """Runs a candidate once on little data, for Triton's cache on disk; returns why it cannot be compiled, or nothing."""
     try:
         if isinstance(job, LaunchPlan):
             batch = Batch.random(1, 1, 63, 1) if job.decode else Batch.random(1, 32, 0, 1)
             batch.calls(job)[0]()
         else:
-            tiles, rows, depth = job
             make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-            linear.skinny_linear(make(rows, depth), make(64, depth), tiles=tiles)
+            weight, scale = make(64, job.depth), None
+            if job.narrow:
+                weight, scale = weight.to(torch.float8_e4m3fn), torch.ones(64, device="cuda")
+            linear.skinny_linear(make(job.rows, job.depth), weight, scale=scale, tiles=job.tiles)
         torch.cuda.synchronize()
     except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
         return f"{job}: {str(error).splitlines()[0]}"
@@ -228,17 +241,14 @@ def compile_all(jobs: list, workers: int) -> list:
     return [job for job, failure in zip(jobs, failures, strict=True) if not failure]
 
 
-def candidates() -> list:
+def candidates() -> list[LaunchPlan | LinearJob]:
     splits = sorted({count for counts in DECODE_SPLITS.values() for count in counts})
-    jobs: list = [*decode_candidates(splits), *prefill_candidates()]
-    for rows in (1, 2, 4, 8):
-        jobs += [
-            (tiles, rows, depth)
-            for tiles in linear_candidates(rows)
-            if rows in (1, 8) or tiles.kernel == "rows"
-            for depth in (4096, 14336)
-        ]
-    return jobs
+    jobs: dict[LaunchPlan | LinearJob, None] = dict.fromkeys([*decode_candidates(splits), *prefill_candidates()])
+    for rows, depth, narrow in itertools.product((1, 2, 4, 8), (4096, 14336), (False, True)):
+        if not narrow or rows == 1:
+            chosen = linear_candidates(rows, 1 if narrow else 2)
+            jobs |= dict.fromkeys(LinearJob.of(tiles, rows, depth, narrow) for tiles in chosen)
+    return list(jobs)
 
 
 def tune(workers: int) -> dict:
@@ -252,18 +262,71 @@ def tune(workers: int) -> dict:
     for tokens in PREFILL:
         rates = prefill(tokens, [plan for plan in prefill_candidates() if plan in good])
         results[f"prefill {tokens}"] = ranked({plan.long: rate for plan, rate in rates.items()}, 6)
-    for name, (features, depth) in PROJECTIONS.items():
-        weights = weights_for(features, depth)
-        for rows in ROWS:
-            usable = [t for t in linear_candidates(rows) if {(t, 1, depth), (t, 8, depth), (t, rows, depth)} & good]
-            rates = {t: project(weights, rows, partial(linear.skinny_linear, tiles=t)) for t in usable}
-            results[f"{name} {rows} rows"] = ranked(rates, 6)
+    for (name, (features, depth)), narrow in itertools.product(PROJECTIONS.items(), (False, True)):
+        weights, scale = weights_for(features, depth), None
+        if narrow:
+            weights = [weight.to(torch.float8_e4m3fn) for weight in weights for _ in range(2)]
+            scale = torch.ones(features, device="cuda")
+        for rows in (1, 16) if narrow else ROWS:
+            usable = linear_candidates(rows, 1 if narrow else 2)
+            usable = [tiles for tiles in usable if LinearJob.of(tiles, rows, depth, narrow) in good]
+            run = {tiles: partial(linear.skinny_linear, scale=scale, tiles=tiles) for tiles in usable}
+            rates = {tiles: project(weights, rows, function) for tiles, function in run.items()}
+            results[f"{name} {rows} rows{' float8' if narrow else ''}"] = ranked(rates, 6)
     return results
 
 
 def ranked(rates: dict, count: int) -> list[tuple[str, float]]:
     best = sorted(rates.items(), key=lambda item: -item[1])[:count]
     return [(str(key), round(rate, 3)) for key, rate in best]
+
+
+def layer(rows: int, context: int, function: Callable, *, overlap: bool, layers: int = 6) -> float:
+    """Microseconds of a layer's heavy kernels, one after another with small element-wise kernels between, as in a model.
+
+    `function(input, weight)` does the projections; `overlap` is for attention.
+    """
+    batch = Batch.random(rows, 1, context - 1, layers)
+    attention = batch.calls(replace(default_plan(rows, 1, context), overlap=overlap))
+    make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    weights = [{name: make(PROJECTIONS[name]) / 100 for name in ("qkv", "o", "gate_up", "down")} for _ in range(layers)]
+    hidden, gated = make(rows, 4096), make(rows, 14336)
+
+    def run(index: int) -> None:
+        hidden.mul_(1.0)
+        function(hidden, weights[index]["qkv"])
+        batch.query.mul_(1.0)
+        attention[index]()
+        function(hidden, weights[index]["o"])
+        hidden.mul_(1.0)
+        function(hidden, weights[index]["gate_up"])
+        gated.mul_(1.0)
+        function(gated, weights[index]["down"])
+
+    return seconds([partial(run, index) for index in range(layers)]) * 1e6
+
+
+def compare_layers() -> dict:
+    """Microseconds per layer, with cuBLAS, with our projections, and with launches that overlap."""
+
+    def ours(input: torch.Tensor, weight: torch.Tensor, **changes: bool | int) -> torch.Tensor:
+        tiles = linear.choose_tiles(input.shape[0], *weight.shape, weight.element_size())
+        return linear.skinny_linear(input, weight, tiles=replace(tiles, **changes))
+
+    ways: dict[str, tuple[Callable, bool]] = {
+        "cublas": (torch.nn.functional.linear, False),
+        "ours": (ours, False),
+        "overlap in attention": (ours, True),
+        "overlap": (partial(ours, overlap=True), True),
+        "overlap, 256 ahead": (partial(ours, overlap=True, ahead=256), True),
+        "overlap, 1024 ahead": (partial(ours, overlap=True, ahead=1024), True),
+    }
+    return {
+        f"layer {rows} x {context}, us": {
+            name: layer(rows, context, way, overlap=on) for name, (way, on) in ways.items()
+        }
+        for rows, context in ((1, 128), (1, 8192), (16, 1024))
+    }
 
 
 def measure() -> dict:
@@ -288,7 +351,7 @@ def measure() -> dict:
                 "enginery": project(weights, rows, linear.skinny_linear),
                 "cublas": project(weights, rows, torch.nn.functional.linear),
             }
-    return results
+    return results | compare_layers()
 
 
 def read_bandwidth() -> float:

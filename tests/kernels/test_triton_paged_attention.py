@@ -203,3 +203,14 @@ def test_full_size_batches(dtype: torch.dtype, features: dict) -> None:
     check(case)
     check(replace(case, sequences=(*decode[:5], (0, 300), (1000, 130), (77, 3), (2000, 33)), padding=7, empty=2))
     check(replace(case, sequences=((5000, 1),)))
+
+
+@pytest.mark.gpu
+def test_overlapped_launches_change_nothing() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    case = Case(((3000, 1), (0, 1), (777, 1)), heads=32, kv_heads=8, dk=128, dv=128, dtype=torch.bfloat16)
+    base = kernels.plan_launch(3, 3, 3008, 8, 4, 128, 2, 132)
+    assert base.splits > 1
+    for _ in range(5):
+        check(case, replace(base, overlap=True))

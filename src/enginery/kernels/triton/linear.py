@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_ROWS = 16
 """Above this, matrix products are no longer bound by the weight's bytes alone and cuBLAS takes over."""
@@ -30,17 +31,32 @@ def finish(output, sums, scale, bias, features, columns, SCALES: tl.constexpr, H
     return sums.to(output.dtype.element_ty)
 
 
+@triton.jit
+def await_input(weights, features_first, DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
+    """Waits for the kernel before this one, whose output may be the input; meanwhile AHEAD columns of weights go to the L2."""
+    if AHEAD > 0:
+        lines = tl.arange(0, AHEAD // 64) * 64
+        pointers = weights + features_first[:, None] + lines[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
+    gdc_wait()
+    gdc_launch_dependents()
+
+
 @triton.jit(do_not_specialize=["rows"])
 def linear_rows(
     input, weight, scale, bias, output, rows, features, input_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_N output features: products in float32 registers, summed over the depth once, at the end."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Features past the end repeat the last one; they are not stored.
     source = tl.minimum(columns, features - 1).to(tl.int64) * DEPTH
     row = tl.arange(0, ROWS)
+    if OVERLAP:
+        await_input(weight, source, DEPTH, BLOCK_N, AHEAD)
     sums = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         depth = first + tl.arange(0, BLOCK_K)
@@ -64,11 +80,14 @@ def linear_tiles(
     input, weight, scale, bias, output, rows, features, input_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_N output features: (weights · inputsᵀ)ᵀ, so that the long side of the tile is the weight's."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = tl.minimum(columns, features - 1).to(tl.int64) * DEPTH
     row = tl.arange(0, ROWS)
+    if OVERLAP:
+        await_input(weight, source, DEPTH, BLOCK_N, AHEAD)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         depth = first + tl.arange(0, BLOCK_K)
@@ -96,13 +115,25 @@ class Tiles:
     block_k: int
     num_warps: int
     num_stages: int
+    overlap: bool = False
+    """Start while the kernel before still runs (programmatic dependent launch, from compute capability 9.0)."""
+    ahead: int = 0
+    """Columns of its weights that a program fetches into the L2 while it waits."""
 
 
-FALLBACK = Tiles("tiles", 16, 256, 4, 4)
+FALLBACK = Tiles("tiles", 64, 128, 4, 6)
 
 
 def choose_tiles(rows: int, features: int, depth: int, itemsize: int) -> Tiles:
     """Measured choices by shape class; `benchmarks/gpu_kernels.py --tune` prints them again."""
+    if rows == 1 and features <= 4096:
+        return Tiles("rows", 8, 512, 4, 3)
+    if features > 65536:
+        return Tiles("tiles", 32, 128, 2, 6)
+    if features > 16384:
+        return Tiles("tiles", 64, 128, 4, 4)
+    if depth > 8192:
+        return Tiles("tiles", 32, 256, 4, 5)
     return FALLBACK
 
 
@@ -129,6 +160,9 @@ def skinny_linear(
         "STAGES": tiles.num_stages,
         "SCALES": 0 if scale is None else scale.numel(),
         "HAS_BIAS": bias is not None,
+        "OVERLAP": tiles.overlap,
+        "AHEAD": tiles.ahead,
+        "launch_pdl": tiles.overlap,
         "num_warps": tiles.num_warps,
     }
     # A kernel needs a pointer where there is no scale or bias, too; it is never followed.

@@ -75,7 +75,10 @@ def attend_tiles(
         offsets = first + tl.arange(0, BLOCK_N)
         inside = (offsets >= lowest) & (offsets < highest)
         if PAGED:
-            if MASKED:
+            if BLOCK_N == BLOCK_SIZE:
+                # One page: a scalar names it, and all addresses follow.
+                blocks = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
+            elif MASKED:
                 blocks = tl.load(table + offsets // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
             else:
                 blocks = tl.load(table + offsets // BLOCK_SIZE).to(tl.int64)

@@ -84,7 +84,7 @@ def attend_short(
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
     HEADS: tl.constexpr = KV_HEADS * GROUPS
     if OVERLAP:
-        gdc_launch_dependents()
+        gdc_wait()
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)
@@ -102,16 +102,13 @@ def attend_short(
         slopes = tl.load(alibi_slopes + head).to(tl.float32)
     keys = key_cache + kv_head * BLOCK_SIZE * DK
     values = value_cache + kv_head * BLOCK_SIZE * DV
+    new_keys = key + kv_head * DK + key_columns
+    new_values = value + kv_head * DV + value_columns
+    in_key, in_value = key_columns < DK, value_columns < DV
     table = block_tables + sequence.to(tl.int64) * table_stride
-
+    owners = tl.load(query_start + num_sequences)
     stop = end
-    if DECODE:
-        # Row `sequence` belongs to nobody if the batch is padded: the padding's output is zero.
-        if split == 0 and sequence >= tl.load(query_start + num_sequences):
-            blank = tl.zeros([BLOCK_M, PADDED_DV], output.dtype.element_ty)
-            offsets = sequence.to(tl.int64) * HEADS * DV + head * DV
-            store_rows(output, offsets, value_columns, blank, local_token == 0, DV)
-    elif end - begin > BLOCK_Q:
+    if not DECODE and end - begin > BLOCK_Q:
         stop = begin
 
     for first in range(begin, stop, BLOCK_Q):
@@ -126,29 +123,13 @@ def attend_short(
         if HAS_WINDOW:
             lowest = tl.maximum(context + (first - begin) - window + 1, 0)
 
-        if split == SPLITS - 1:
-            if HAS_SINKS:
-                maximum = tl.load(sinks + head).to(tl.float32) * LOG2_E
-                total += 1.0
-            for new in range(begin, tl.minimum(first + BLOCK_Q, end)):
-                age = new - begin
-                source = (begin + age).to(tl.int64)
-                in_key, in_value = key_columns < DK, value_columns < DV
-                new_key = tl.load(key + source * key_stride + kv_head * DK + key_columns, in_key, other=0.0)
-                new_value = tl.load(value + source * value_stride + kv_head * DV + value_columns, in_value, other=0.0)
-                if DECODE:
-                    slot = tl.load(slot_mapping + source).to(tl.int64)
-                    block, within = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-                    tl.store(keys + block * key_block_stride + within * DK + key_columns, new_key, in_key & (slot >= 0))
-                    tl.store(
-                        values + block * value_block_stride + within * DV + value_columns,
-                        new_value,
-                        in_value & (slot >= 0),
-                    )
-                sums, maximum, total = attend_one(
-                    sums, maximum, total, tile, positions, slopes, new_key, new_value, context + age,
-                    scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
-                )  # fmt: skip
+        if HAS_SINKS and split == SPLITS - 1:
+            maximum = tl.load(sinks + head).to(tl.float32) * LOG2_E
+            total += 1.0
+        # Asked for before the cached keys and used after them, so that nobody waits.
+        source = begin.to(tl.int64)
+        new_key = tl.load(new_keys + source * key_stride, in_key, other=0.0)
+        new_value = tl.load(new_values + source * value_stride, in_value, other=0.0)
 
         first_block = lowest // BLOCK_N
         blocks = tl.cdiv(context, BLOCK_N) - first_block
@@ -162,6 +143,25 @@ def attend_short(
             True, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
 
+        if OVERLAP:
+            gdc_launch_dependents()
+        if split == SPLITS - 1:
+            for age in range(0, tl.minimum(first + BLOCK_Q, end) - begin):
+                source = (begin + age).to(tl.int64)
+                if DECODE:
+                    slot = tl.load(slot_mapping + source).to(tl.int64)
+                    block, within = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+                    tl.store(keys + block * key_block_stride + within * DK + key_columns, new_key, in_key & (slot >= 0))
+                    place = values + block * value_block_stride + within * DV + value_columns
+                    tl.store(place, new_value, in_value & (slot >= 0))
+                sums, maximum, total = attend_one(
+                    sums, maximum, total, tile, positions, slopes, new_key, new_value, context + age,
+                    scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+                )  # fmt: skip
+                more = source + 1 < end
+                new_key = tl.load(new_keys + (source + 1) * key_stride, in_key & more, other=0.0)
+                new_value = tl.load(new_values + (source + 1) * value_stride, in_value & more, other=0.0)
+
         if SPLITS == 1:
             result = (sums / total[:, None]).to(output.dtype.element_ty)
             store_rows(output, (token * HEADS + head) * DV, value_columns, result, owned, DV)
@@ -174,6 +174,12 @@ def attend_short(
             tl.store(partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS + place, total, owned)
             # A split without keys leaves its sums unwritten; a total of zero says so.
             store_rows(partial_sums, place * DV, value_columns, sums, owned & (total > 0.0), DV)
+
+    # Row `sequence` belongs to nobody if the batch is padded: the padding's output is zero.
+    if DECODE and (split == 0) & (sequence >= owners):
+        blank = tl.zeros([BLOCK_M, PADDED_DV], output.dtype.element_ty)
+        offsets = sequence.to(tl.int64) * HEADS * DV + head * DV
+        store_rows(output, offsets, value_columns, blank, local_token == 0, DV)
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -195,16 +201,17 @@ def merge_splits(
         count = tl.load(query_start + row // BLOCK_Q + 1) - begin
         token = begin + row % BLOCK_Q
         owned = (row % BLOCK_Q < count) & (count <= BLOCK_Q)
-    if owned:
-        splits = tl.arange(0, PADDED_SPLITS)
-        place = (splits * partial_rows + row) * HEADS + head
-        maximum = tl.load(partial_stats + place, splits < SPLITS, other=EMPTY)
-        total = tl.load(partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS + place, splits < SPLITS, other=0.0)
-        weights = tl.exp2(maximum - tl.max(maximum, 0))
-        columns = tl.arange(0, PADDED_DV)
-        sums = load_rows(partial_sums, place * DV, columns, total > 0.0, DV, PADDED_DV, True)
-        result = tl.sum(sums * weights[:, None], 0) / tl.sum(total * weights, 0)
-        tl.store(output + (token * HEADS + head) * DV + columns, result.to(output.dtype.element_ty), columns < DV)
+    # Everything is asked for at once; the rows of nobody, and of splits without keys, hold nothing that is used.
+    splits = tl.arange(0, PADDED_SPLITS)
+    columns = tl.arange(0, PADDED_DV)
+    place = (splits * partial_rows + row) * HEADS + head
+    maximum = tl.load(partial_stats + place, splits < SPLITS, other=EMPTY)
+    total = tl.load(partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS + place, splits < SPLITS, other=0.0)
+    sums = load_rows(partial_sums, place * DV, columns, splits < SPLITS, DV, PADDED_DV, True)
+    sums = tl.where((total > 0.0)[:, None], sums, 0.0)
+    weights = tl.exp2(maximum - tl.max(maximum, 0))
+    result = tl.sum(sums * weights[:, None], 0) / tl.sum(total * weights, 0)
+    tl.store(output + (token * HEADS + head) * DV + columns, result.to(output.dtype.element_ty), owned & (columns < DV))
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
@@ -287,6 +294,12 @@ class Tiling:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Registers a thread may use: fewer let more programs share a multiprocessor. None: as many as the compiler likes."""
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -298,7 +311,7 @@ class LaunchPlan:
     long: Tiling
     splits: int
     overlap: bool = False
-    """Launch `merge_splits` while `attend_short` still runs (programmatic dependent launch, from compute capability 9.0)."""
+    """Launch a kernel while its predecessor still runs (programmatic dependent launch, from compute capability 9.0)."""
 
     @property
     def launches(self) -> tuple[str, ...]:
@@ -415,7 +428,7 @@ def paged_attention(
         query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes,
         output, partial_sums, partial_stats, sequences, rows, *strides, *numbers,
         BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits, DECODE=plan.decode, OVERLAP=plan.overlap,
-        num_warps=plan.short.num_warps, num_stages=plan.short.num_stages, **sizes, **features,
+        launch_pdl=plan.overlap, **plan.short.options, **sizes, **features,
     )  # fmt: skip
     if plan.splits > 1:
         merge_splits[(heads, rows)](
@@ -431,6 +444,6 @@ def paged_attention(
             output, sequences, *strides, *numbers,
             BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
             PADDED_SEQUENCES=triton.next_power_of_2(sequences), SHORT=short_tokens,
-            num_warps=plan.long.num_warps, num_stages=plan.long.num_stages, **sizes, **features,
+            **plan.long.options, **sizes, **features,
         )  # fmt: skip
     return output
