@@ -34,7 +34,7 @@ class Way:
     def accepts(self, layer: Layer) -> bool:
         if self.matcher is not None:
             return self.matcher.ops is None or layer.op in self.matcher.ops
-        return self.rule.roots is None or any(_is_of(layer, wanted) for wanted in self.rule.roots)
+        return accepts_root(layer, self.rule.roots)
 
 
 @dataclass(slots=True, eq=False)
@@ -87,8 +87,8 @@ def _declarative(bound: BoundRule, rule: Any) -> list[Way]:
     ways = []
     for anchor in outermost:
         matcher = Matcher(roots, tuple(rule.where), anchor)
-        check = _tie(rule.check, matcher.names) if _overrides(rule, "check") else None
-        ways.append(Way(bound, matcher, check, _tie(rule.rewrite, matcher.names)))
+        check = tie(rule.check, matcher.names) if _overrides(rule, "check") else None
+        ways.append(Way(bound, matcher, check, tie(rule.rewrite, matcher.names)))
     return ways
 
 
@@ -111,7 +111,7 @@ def _inside(node: Pattern, other: Pattern) -> bool:
     return node is other or any(_inside(node, child) for child in other.children())
 
 
-def _tie(function: Callable, names: Mapping[str, int]) -> Action:
+def tie(function: Callable, names: Mapping[str, int]) -> Action:
     """Calls `function` with the captures that its parameters name."""
     slots, keywords = [], {}
     for parameter in inspect.signature(function).parameters.values():
@@ -145,11 +145,13 @@ def _tie(function: Callable, names: Mapping[str, int]) -> Action:
     return lambda registers: function(*pick(registers))
 
 
+def accepts_root(layer: Layer, roots: Any) -> bool:
+    """`roots`: kinds of layers, operators, packets of operators or their names; None: any layer."""
+    return roots is None or any(_is_of(layer, wanted) for wanted in roots)
+
+
 def _wanted(roots: Any) -> tuple[Any, ...]:
-    """Kinds of layers, operators, packets of operators or their names."""
-    if isinstance(roots, str) or not isinstance(roots, Collection):
-        roots = (roots,)
-    return tuple(roots)
+    return (roots,) if isinstance(roots, str) or not isinstance(roots, Collection) else tuple(roots)
 
 
 def _is_of(layer: Layer, wanted: Any) -> bool:

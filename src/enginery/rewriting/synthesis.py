@@ -13,6 +13,7 @@ from enginery.network.layer import Layer
 from enginery.network.network import Network
 from enginery.network.operator import signature
 from enginery.network.tensor import Tensor
+from enginery.rewriting import numerics
 from enginery.rewriting.binding import bind
 from enginery.rewriting.matcher import ARGS, NETWORK
 from enginery.rewriting.pattern import (
@@ -63,8 +64,9 @@ def network_for(rule: PatternRewriter, dtype: torch.dtype, given: Mapping[str, A
         registers[NETWORK], registers[ARGS] = network, bound.args
         try:
             if matched and (bound.ways[0].check is None or bound.ways[0].check(registers) in (None, True)):
+                numerics.run(network, numerics.sample_values(network))
                 return network
-        except (MatchFailure, EngineryError, IndexError, TypeError):
+        except (MatchFailure, EngineryError, IndexError, TypeError, ValueError):
             continue
     raise UsageError(
         f"no network was found that rule {bound.label} matches", "Give shapes and values of its captures by name"
