@@ -9,10 +9,11 @@ import torch
 from enginery.ops.attention import ATTENTION
 from enginery.ops.declare import NAMESPACE, Op
 from enginery.ops.experts import EXPERT_LINEAR
+from enginery.ops.gpt_attention import GPT_ATTENTION
 from enginery.ops.linear import PACK_LINEAR, PACKED_EMBEDDING, PACKED_LINEAR, PANEL
 from enginery.ops.paged_attention import PAGED_ATTENTION
 
-OPS: tuple[Op, ...] = (ATTENTION, PAGED_ATTENTION, PACK_LINEAR, PACKED_LINEAR, PACKED_EMBEDDING, EXPERT_LINEAR)
+OPS: tuple[Op, ...] = (ATTENTION, PAGED_ATTENTION, PACK_LINEAR, PACKED_LINEAR, PACKED_EMBEDDING, EXPERT_LINEAR, GPT_ATTENTION)
 
 attention = ATTENTION.overload
 paged_attention = PAGED_ATTENTION.overload
@@ -20,6 +21,7 @@ pack_linear = PACK_LINEAR.overload
 packed_linear = PACKED_LINEAR.overload
 packed_embedding = PACKED_EMBEDDING.overload
 expert_linear = EXPERT_LINEAR.overload
+gpt_attention = GPT_ATTENTION.overload
 
 
 def reference(overload: torch._ops.OpOverload) -> Callable:
@@ -28,6 +30,6 @@ def reference(overload: torch._ops.OpOverload) -> Callable:
 
 
 __all__ = [
-    "NAMESPACE", "OPS", "PANEL", "Op", "attention", "expert_linear", "pack_linear", "packed_embedding", "packed_linear",
+    "NAMESPACE", "OPS", "PANEL", "Op", "attention", "expert_linear", "gpt_attention", "pack_linear", "packed_embedding", "packed_linear",
     "paged_attention", "reference",
 ]  # fmt: skip

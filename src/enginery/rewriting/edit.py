@@ -8,6 +8,7 @@ from typing import Any
 from enginery.network.layer import Layer, Provenance
 from enginery.network.network import Network
 from enginery.network.tensor import Tensor
+from enginery.network.types import infer_types
 from enginery.rewriting.rule import MatchFailure
 
 Pair = tuple[Tensor, Tensor]
@@ -20,12 +21,15 @@ class Edit:
     Only the newest edit of a network that is not yet undone may be undone.
     """
 
-    __slots__ = ("_before", "_constants", "_erased", "_moved", "_outputs", "_rebound", "added", "network", "replaced")
+    __slots__ = (
+        "_before", "_constants", "_erased", "_inputs", "_moved", "_outputs", "_rebound", "_retyped", "added", "network", "replaced",
+    )  # fmt: skip
 
     def __init__(self, network: Network, root: Layer) -> None:
         self.network = network
         self._before = root._previous
-        self._constants = len(network._constants)
+        self._constants, self._inputs = len(network._constants), len(network._inputs)
+        self._retyped: list[tuple[Tensor, Any, Any]] = []
         self.added: list[Layer] = []
         self.replaced: list[Layer] = []
         self._rebound: list[tuple[Layer, tuple]] = []
@@ -58,6 +62,19 @@ class Edit:
             for name in tuple(old.output_names):
                 self._outputs.append((name, old))
                 self.network.set_output(name, new)
+
+    def retype(self, pairs: Sequence[Pair]) -> None:
+        """Infers types again behind replacements that have another one. Raises NetworkError if a call does not take them."""
+        pending = {user: None for old, new in pairs if (old.shape, old.dtype) != (new.shape, new.dtype) for user in new._uses}
+        while pending:
+            layer = min(pending, key=lambda layer: layer.order)
+            del pending[layer]
+            types = infer_types(layer.op, layer.args)
+            for output, (shape, dtype) in zip(layer.outputs, types, strict=True):
+                if (output.shape, output.dtype) != (shape, dtype):
+                    self._retyped.append((output, output.shape, output.dtype))
+                    output.shape, output.dtype = shape, dtype
+                    pending.update(dict.fromkeys(output._uses))
 
     def erase_unused(self, replaced: Collection[Layer], matched: Iterable[Layer]) -> list[Layer]:
         """Erases the matched layers that nobody reads any more, and what only they needed. Returns the erased ones.
@@ -96,6 +113,8 @@ class Edit:
             network._link_before(layer, following)
             network._layers[layer.name] = layer
             layer.is_removed = False
+        for tensor, shape, dtype in reversed(self._retyped):
+            tensor.shape, tensor.dtype = shape, dtype
         for name, old in reversed(self._outputs):
             network.set_output(name, old)
         for user, args in reversed(self._rebound):
@@ -105,6 +124,8 @@ class Edit:
             network._link_before(layer, following)
         for layer in reversed(self.added):
             network.erase(layer)
+        while len(network._inputs) > self._inputs:
+            network._inputs.popitem()
         while len(network._constants) > self._constants:
             name, _ = network._constants.popitem()
             network.values.pop(name, None)

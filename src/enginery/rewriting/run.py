@@ -220,6 +220,8 @@ class Run:
         names = tuple([layer.name for layer in matched])
         edit.sign(label, names)
         edit.replace(pairs)
+        if candidate.way.rule.source.changes_shape or candidate.way.rule.source.changes_dtype:
+            edit.retype(pairs)
         erased = edit.erase_unused(replaced, matched)
         self._journal.append(edit)
         candidate.fact.rewritten += 1
