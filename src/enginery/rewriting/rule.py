@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from enginery.network.layer import Layer
 from enginery.rewriting.matcher import Constraint
@@ -27,19 +27,19 @@ class PatternRewriter:
     decline. PyTorch on Tensors in their body appends layers at the root. Nothing else of a network may be changed there.
     """
 
-    pattern: ClassVar[Pattern | Sequence[Pattern] | None] = None
+    pattern: Pattern | Sequence[Pattern] | None = None
     """several roots: a tuple; each further root uses a value of the first"""
-    where: ClassVar[Sequence[Constraint]] = ()
+    where: Sequence[Constraint] = ()
     """relations between captures, such as `same_dtype("x", "y")`"""
-    root_layer: ClassVar[Collection[Any] | None] = None
-    benefit: ClassVar[int] = 0
+    root_layer: Collection[Any] | None = None
+    benefit: int = 0
     """rules of higher benefit are tried first at a layer; equal ones in the order in which they were added"""
-    expect: ClassVar[int | str | None] = None
+    expect: int | str | None = None
     """how often the rule must apply in a phase: a number, or "each layer": once in every repeated module"""
-    changes_shape: ClassVar[bool] = False
-    changes_dtype: ClassVar[bool] = False
+    changes_shape: bool = False
+    changes_dtype: bool = False
     """the replacement may have another shape or dtype than what it replaces"""
-    removes_effects: ClassVar[bool] = False
+    removes_effects: bool = False
     """the rule may remove calls that write to an argument or draw random numbers"""
     args: Mapping[str, Any] = {}
     """the rule's own arguments; those of `manager.rewrite(args=…)` are laid over them"""
