@@ -24,8 +24,12 @@ def _pick(draw: Draw, values: list[Tensor], accept: Callable[[Tensor], bool] = l
 
 
 def _unary(draw: Draw, network: Network, values: list[Tensor]) -> Any:
-    function = draw(st.sampled_from([torch.relu, functional.silu, torch.sigmoid, torch.tanh, torch.neg, torch.exp, torch.square]))
-    return function(torch.clamp(_pick(draw, values), -4.0, 4.0) if function in (torch.exp, torch.square) else _pick(draw, values))
+    function = draw(
+        st.sampled_from([torch.relu, functional.silu, torch.sigmoid, torch.tanh, torch.neg, torch.exp, torch.square])
+    )
+    return function(
+        torch.clamp(_pick(draw, values), -4.0, 4.0) if function in (torch.exp, torch.square) else _pick(draw, values)
+    )
 
 
 def _binary(draw: Draw, network: Network, values: list[Tensor]) -> Any:
@@ -42,7 +46,9 @@ def _scalar(draw: Draw, network: Network, values: list[Tensor]) -> Any:
 
 
 def _linear(draw: Draw, network: Network, values: list[Tensor]) -> Any:
-    value = _pick(draw, values, lambda value: value.rank >= 2 and isinstance(value.shape[-1], int) and not value.is_constant)
+    value = _pick(
+        draw, values, lambda value: value.rank >= 2 and isinstance(value.shape[-1], int) and not value.is_constant
+    )
     if value is None:
         return None
     number, out = len(network.constants), draw(st.sampled_from([4, WIDTH, 12]))
@@ -87,7 +93,9 @@ MAKERS: tuple[Maker, ...] = (_unary, _binary, _binary, _scalar, _linear, _linear
 
 @st.composite
 def networks(draw: Draw, max_layers: int = 12) -> Network:
-    """A network over `x [tokens, 8]` and constants, of a few dozen calls at most, some with several outputs or none that read them."""
+    """A network over `x [tokens, 8]` and constants, of a few dozen calls at most, some with several outputs or none
+    that read them.
+    """
     network = Network()
     values = [network.add_input("x", (TOKENS, WIDTH), torch.float32)]
     if draw(st.booleans()):

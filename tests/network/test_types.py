@@ -1,4 +1,6 @@
-"""Every shape rule against torch's own shape propagation (FakeTensor) on seeded random arguments, static and symbolic."""
+"""Every shape rule against torch's own shape propagation (FakeTensor) on seeded random arguments, static and
+symbolic.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ from enginery.network.verify import check_types
 
 aten = torch.ops.aten
 N = Dim.symbol("n")
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8, torch.float16]
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+    torch.uint8,
+    torch.float16,
+]
 FLOATS = [torch.float32, torch.bfloat16, torch.float64]
 
 
@@ -154,8 +165,8 @@ def _dim_choice(s: Samples) -> tuple:
 
 CASES: list[Case] = [
     *[(name, _unary) for name in ["abs", "neg", "bitwise_not", "exp", "rsqrt", "sigmoid", "cos", "square", "sign", "isnan",
-      "logical_not", "clone", "relu", "alias", "reciprocal", "erf", "sum", "any", "all", "numpy_T", "zeros_like", "ones_like",
-      "empty_like", "max", "squeeze", "argmax", "floor", "log", "tanh"]],
+      "logical_not", "clone", "relu", "alias", "reciprocal", "erf", "sum", "any", "all", "numpy_T", "zeros_like",
+      "ones_like", "empty_like", "max", "squeeze", "argmax", "floor", "log", "tanh"]],
     *[(name, _float_unary) for name in ["silu", "gelu", "mean", "softplus", "leaky_relu", "var", "std", "hardswish", "mish"]],
     *[(name, _binary) for name in ["add", "sub", "mul", "div", "maximum", "eq", "lt", "pow", "remainder", "bitwise_and",
       "logical_and", "floor_divide", "fmod", "bitwise_or", "ge"]],

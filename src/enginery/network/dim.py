@@ -10,7 +10,7 @@ each, where a sympy expression costs a hundred.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union
 
 from enginery.errors import NetworkError
@@ -19,7 +19,12 @@ Size = Union[int, "Dim"]
 Atom = Union[str, tuple[str, Size, Size]]  # noqa: UP007  (Size is not yet a type)
 """A symbol's name, or (`//` | `%` | `min` | `max`, left, right)."""
 
-_FUNCTIONS = {"//": lambda a, b: a // b, "%": lambda a, b: a % b, "min": min, "max": max}
+_FUNCTIONS: Mapping[str, Callable[[int, int], int]] = {
+    "//": lambda a, b: a // b,
+    "%": lambda a, b: a % b,
+    "min": min,
+    "max": max,
+}
 
 
 class Dim:

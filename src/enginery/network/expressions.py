@@ -87,7 +87,7 @@ class Expressions:
     def types(self, text: str) -> tuple[tuple[tuple[Size, ...], torch.dtype], ...]:
         """Types separated by commas, such as `float32[2, n], int64[n]`."""
         reader = _Reader(text, self)
-        types = []
+        types: list[tuple[tuple[Size, ...], torch.dtype]] = []
         while not reader.at_end():
             if types:
                 reader.expect(",")
@@ -160,7 +160,7 @@ class _Reader:
         return self.number(depth)
 
     def items(self, depth: int) -> tuple:
-        found = []
+        found: list[Any] = []
         while not self.accept("]"):
             if found:
                 self.expect(",")

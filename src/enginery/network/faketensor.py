@@ -38,7 +38,7 @@ class Literal(NamedTuple):
 def infer(op: Operator, key: tuple) -> tuple[tuple[tuple[Size, ...], torch.dtype], ...]:
     """The types of the outputs; `key` holds a Type for each tensor and a Literal for each number of the call."""
     shape_env = ShapeEnv()
-    symbols: dict[str, torch.SymInt] = {}
+    symbols: dict[str, Any] = {}
 
     def integer(size: Size) -> Any:
         return size if isinstance(size, int) else _sym_int(size, symbols, shape_env)
@@ -115,7 +115,7 @@ def _is_ratio(part: sympy.Basic) -> bool:
     return bool(part.is_Rational) and not part.is_Integer
 
 
-def _sym_int(size: Dim, symbols: dict[str, torch.SymInt], shape_env: ShapeEnv) -> Any:
+def _sym_int(size: Dim, symbols: dict[str, Any], shape_env: ShapeEnv) -> Any:
     for name in sorted(size.symbols):
         if name not in symbols:
             hint = _HINTS[len(symbols) % len(_HINTS)]
@@ -129,7 +129,7 @@ def _sym_int(size: Dim, symbols: dict[str, torch.SymInt], shape_env: ShapeEnv) -
     return total
 
 
-def _atom(atom: Any, symbols: dict[str, torch.SymInt], shape_env: ShapeEnv) -> Any:
+def _atom(atom: Any, symbols: dict[str, Any], shape_env: ShapeEnv) -> Any:
     if isinstance(atom, str):
         return symbols[atom]
     function, *sides = atom

@@ -306,11 +306,6 @@ _ADAPTERS: Mapping[Callable, Adapter] = MappingProxyType(
         torch.split: _split,
         torch.Tensor.split: lambda self, split_size, dim=0: _split(self, split_size, dim),
         torch.einsum: _einsum,
-        torch.Tensor.view: lambda self, *size: (
-            (aten.view, (self, *size), {})
-            if not (len(size) == 1 and isinstance(size[0], torch.dtype))
-            else (aten.view.dtype, (self, *size), {})
-        ),
         functional.embedding: _embedding,
         functional.dropout: _dropout,
         functional.softmax: _softmax(aten.softmax.int),

@@ -162,6 +162,9 @@ class _Importer:
     def _layer(self, node: fx.Node, function: Operator, values: dict[fx.Node, Any]) -> Any:
         args = tuple(self._argument(value, values, node) for value in node.args)
         kwargs = {name: self._argument(value, values, node) for name, value in node.kwargs.items()}
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, _Unknown):
+                raise NetworkError(f"{node.name} computes with {value}, which is known at run time only")
         module_path = _module_path(node)
         with self.network.inserting_before(None, module_path=module_path):
             if signature(function).written and function.namespace == "aten":
@@ -202,8 +205,8 @@ class _Importer:
 
     def _higher_order(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """Regions that only switch gradients or autocast off are inlined."""
-        name = node.target.__name__ if not isinstance(node.target, str) else node.target
-        args = [values[value] if isinstance(value, fx.Node) else value for value in node.args]
+        name = getattr(node.target, "__name__", str(node.target))
+        args: list[Any] = [values[value] if isinstance(value, fx.Node) else value for value in node.args]
         places = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
         if name not in places:
             raise NetworkError(f"the control flow {name} at {node.name} has no form in a network")
@@ -219,8 +222,8 @@ class _Importer:
     def _import_outputs(self) -> None:
         specs = self.program.graph_signature.output_specs
         (node,) = self.program.graph.find_nodes(op="output")
-        results = node.args[0]
-        taken = {}
+        results: Any = node.args[0]
+        taken: dict[str, Tensor] = {}
         for result, spec in zip(results, specs, strict=True):
             if spec.kind.name != "USER_OUTPUT":
                 raise NetworkError(

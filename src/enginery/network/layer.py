@@ -34,6 +34,9 @@ class Layer:
         "order", "outputs", "provenance",
     )  # fmt: skip
 
+    _args: tuple
+    _inputs: tuple[Tensor, ...]
+
     def __init__(self, network: Network, name: str, op: Operator, args: tuple) -> None:
         self.network = network
         self.name = name

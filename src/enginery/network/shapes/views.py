@@ -234,7 +234,7 @@ def cat(tensors: Sequence[Tensor], dim: int) -> Types:
                 require_equal(first.shape[i], tensor.shape[i], f"dimension {i}")
         total = tensor.shape[place] + total
     uniform = all(tensor.dtype is first.dtype for tensor in tensors)
-    return ((replaced(first.shape, place, total), first.dtype if uniform else result_type_of(tensors)),)
+    return ((replaced(first.shape, place, total), first.dtype if uniform else result_type_of(tuple(tensors))),)
 
 
 def stack(tensors: Sequence[Tensor], dim: int) -> Types:
@@ -245,7 +245,7 @@ def stack(tensors: Sequence[Tensor], dim: int) -> Types:
         if len(tensor.shape) != len(first.shape) or any(map(differ, tensor.shape, first.shape)):
             raise NetworkError(f"{show(first.shape)} and {show(tensor.shape)} cannot be stacked")
     place = axis(dim, len(first.shape) + 1)
-    return (((*first.shape[:place], len(tensors), *first.shape[place:]), result_type_of(tensors)),)
+    return (((*first.shape[:place], len(tensors), *first.shape[place:]), result_type_of(tuple(tensors))),)
 
 
 def flatten(self: Tensor, start: int, end: int) -> Types:
