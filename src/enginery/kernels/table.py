@@ -16,6 +16,7 @@ import torch
 from enginery.errors import BuildError
 from enginery.kernels import compile as compiling
 from enginery.kernels.cpu_features import cpu_flags, instruction_set
+from enginery.kernels.pages import huge_empty
 from enginery.ops import NAMESPACE, OPS
 
 Report = Callable[[str], None]
@@ -52,7 +53,7 @@ class KernelTable:
         return [self._row(op.name, device) for op in OPS]
 
     def load(self, device: str, report: Report | None = None) -> list[Row]:
-        """Loads the kernels of `device` that are not yet loaded; returns its rows. Never fails: a row says what is wrong."""
+        """Loads the kernels of `device` that are not yet loaded; returns its rows. Never fails: rows say why not."""
         failures: dict[str, str] = {}
         for candidate in self.candidates:
             missing = [op for op in candidate.ops if not _is_loaded(op, device)]
@@ -102,3 +103,5 @@ CPP = Candidate(
 )
 
 TABLE = KernelTable((CPP,))
+
+__all__ = ["CPP", "TABLE", "Candidate", "KernelTable", "Report", "Row", "huge_empty"]

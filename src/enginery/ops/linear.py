@@ -6,8 +6,8 @@ import torch
 
 from enginery.ops.declare import declare
 
-PANEL = 16
-"""Output columns of one panel: one AVX-512 register or two AVX2 registers of float32."""
+PANEL = 32
+"""Outputs of one panel: two AVX-512 registers of float32, the width at which one row of input runs at memory speed."""
 
 
 def pair_of(dtype: torch.dtype) -> int:
@@ -16,9 +16,9 @@ def pair_of(dtype: torch.dtype) -> int:
 
 
 def pack_reference(weight: torch.Tensor) -> torch.Tensor:
-    """weight `[N, K]` -> `[ceil(N / 16), K, 16, 1]`; bfloat16: `[ceil(N / 16), ceil(K / 2), 16, 2]` (padded with zeros).
+    """weight `[N, K]` -> `[ceil(N / 32), K, 32, 1]`; bfloat16: `[ceil(N / 32), ceil(K / 2), 32, 2]` (padded with zeros).
 
-    A panel holds 16 rows of the weight, one depth after another. A bfloat16 panel holds pairs of depths side by side, so that a
+    A panel holds 32 rows of the weight, one depth after another. A bfloat16 panel holds pairs of depths side by side, so that a
     32-bit lane holds two neighbouring depths of one output: the operand of AVX512-BF16's dot product, and two shifts away
     from float32 elsewhere. (float16 has an instruction that widens lanes in order, so it needs no pairs.)
     """

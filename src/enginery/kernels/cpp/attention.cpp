@@ -21,7 +21,7 @@ namespace {
 constexpr int kBlock = 64;                // keys of one step of the online softmax
 constexpr int kTileRows = 8 * kMaxRows;   // rows of a query tile
 constexpr int kGatherFrom = 2 * kMaxRows; // rows that pay for copying a block's values side by side
-static_assert(kBlock <= kChunk && kBlock % kColumns == 0, "a row of weights is one chunk");
+static_assert(kBlock <= kChunk && kBlock % kLanes == 0, "a row of weights is one chunk");
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -56,7 +56,7 @@ inline Range visible(const AttentionCall& call, int64_t position, int64_t length
 struct Workspace {
   float *queries, *weights, *keys, *values, *output, *best, *total, *zeros;
 
-  static int64_t padded_values(const AttentionCall& call) { return round_up(call.value_size, kColumns) + kColumns; }
+  static int64_t padded_values(const AttentionCall& call) { return round_up(call.value_size, kLanes); }
   static int64_t padded_keys(const AttentionCall& call) { return round_up(call.key_size, kChunk); }
 
   static size_t floats(const AttentionCall& call, int64_t rows) {
@@ -98,8 +98,7 @@ class Attend {
         keys_(static_cast<const T*>(call.key_cache.data) + task.head * call.key_cache.head),
         values_(static_cast<const T*>(call.value_cache.data) + task.head * call.value_cache.head),
         width_(Workspace::padded_values(call)),
-        full_(call.value_size / kLanes * kLanes),
-        tail_(round_up(full_, kColumns)) {}
+        full_(call.value_size / kLanes * kLanes) {}
 
   void run() {
     start();
@@ -132,7 +131,7 @@ class Attend {
       }
     // A sink is a logit that was met before all keys and has no value.
     for (int64_t row = 0; row < rows_; ++row) {
-      work_.best[row] = call_.sinks == nullptr ? kNone : call_.sinks[head(row)];
+      work_.best[row] = call_.sinks == nullptr ? kNone : float(call_.sinks[head(row)]);
       work_.total[row] = call_.sinks == nullptr ? 0.0f : 1.0f;
     }
     std::memset(work_.output, 0, rows_ * width_ * sizeof(float));
@@ -154,17 +153,15 @@ class Attend {
       transpose_panel(rows, call_.key_size, work_.keys + group * kLanes * call_.key_size);
     }
     Product product{};
+    product.b = work_.keys + first * kLanes * call_.key_size;
     product.b_step = kLanes;
+    product.b_vector = kLanes * call_.key_size;
     product.steps = call_.key_size;
     product.c_row = kChunk;
-    for (int group = first; group < last; group += kPanels) {
-      product.b = work_.keys + group * kLanes * call_.key_size;
-      product.b_panel = group + kPanels <= last ? kLanes * call_.key_size : 0;
-      for (int64_t tile = 0; tile < tiles_.count; ++tile) {
-        product.a = work_.queries + tiles_.begin(tile) * Workspace::padded_keys(call_);
-        product.c = work_.weights + tiles_.begin(tile) * kChunk + group * kLanes;
-        micro(Format::kFloat, tiles_.size(tile))(product);
-      }
+    for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+      product.a = work_.queries + tiles_.begin(tile) * Workspace::padded_keys(call_);
+      product.c = work_.weights + tiles_.begin(tile) * kChunk + first * kLanes;
+      multiply(Format::kFloat, tiles_.size(tile), last - first, product);
     }
   }
 
@@ -213,12 +210,12 @@ class Attend {
 
   // scale, soft cap, ALiBi
   Vec shape(Vec scores, int64_t row, int64_t key) const {
-    scores = mul(scores, broadcast(call_.scale));
-    if (call_.softcap != 0.0f)
-      scores = mul(tanh(mul(scores, broadcast(1.0f / call_.softcap))), broadcast(call_.softcap));
+    scores = mul(scores, broadcast(float(call_.scale)));
+    if (call_.softcap != 0.0)
+      scores = mul(tanh(mul(scores, broadcast(float(1.0 / call_.softcap)))), broadcast(float(call_.softcap)));
     if (call_.slopes != nullptr) {
       const Vec distance = add(lane_numbers(), broadcast(float(key - position(row))));
-      scores = fma(distance, broadcast(call_.slopes[head(row)]), scores);
+      scores = fma(distance, broadcast(float(call_.slopes[head(row)])), scores);
     }
     return scores;
   }
@@ -229,51 +226,45 @@ class Attend {
       for (int64_t key = keys.begin; key < keys.end; ++key)
         copy_chunk(value_row(key), 0, full_, work_.values + (key - block) * width_);
       const float* values = work_.values + (keys.begin - block) * width_;
-      product(Format::kFloat, values, width_, keys.begin - block, keys.end - keys.begin);
+      add_product(Format::kFloat, values, width_, keys.begin - block, keys.end - keys.begin);
     }
     for (int64_t key = keys.begin; key < keys.end;) {
       const int64_t end = std::min(keys.end, (key / call_.block_size + 1) * call_.block_size);
       const T* values = value_row(key);
-      if (rows_ < kGatherFrom) product(Values<T>::kFormat, values, call_.value_cache.token, key - block, end - key);
-      if (full_ < call_.value_size) tail_product(values, key - block, end - key);
+      if (rows_ < kGatherFrom) add_product(Values<T>::kFormat, values, call_.value_cache.token, key - block, end - key);
+      if (full_ < call_.value_size) add_tail_product(values, key - block, end - key);
       key = end;
     }
   }
 
-  template <class Element>
-  void product(Format format, const Element* values, int64_t stride, int64_t at, int64_t steps) {
+  void add_product(Format format, const void* values, int64_t stride, int64_t at, int64_t steps) {
     Product product{};
+    product.b = values;
     product.b_step = stride;
+    product.b_vector = kLanes;
     product.steps = steps;
-    product.c_row = width_;
-    product.accumulate = true;
-    for (int64_t column = 0; column < full_; column += kColumns) {
-      product.b = values + column;
-      product.b_panel = column + kColumns <= full_ ? kLanes : 0;  // doubled columns are never read
-      multiply_tiles(format, product, at, column);
-    }
+    multiply_tiles(format, product, at, 0, int(full_ / kLanes));
   }
 
   // The last value_size % 16 columns, padded with zeros.
-  void tail_product(const T* values, int64_t at, int64_t steps) {
+  void add_tail_product(const T* values, int64_t at, int64_t steps) {
     float padded[kBlock * kLanes] = {};
     for (int64_t step = 0; step < steps; ++step)
       copy_chunk(values + step * call_.value_cache.token, full_, call_.value_size, padded + step * kLanes);
     Product product{};
     product.b = padded;
     product.b_step = kLanes;
-    product.b_panel = 0;
     product.steps = steps;
-    product.c_row = width_;
-    product.accumulate = true;
-    multiply_tiles(Format::kFloat, product, at, tail_);
+    multiply_tiles(Format::kFloat, product, at, full_, 1);
   }
 
-  void multiply_tiles(Format format, Product& product, int64_t at, int64_t column) {
+  void multiply_tiles(Format format, Product& product, int64_t at, int64_t column, int vectors) {
+    product.c_row = width_;
+    product.accumulate = true;
     for (int64_t tile = 0; tile < tiles_.count; ++tile) {
       product.a = work_.weights + tiles_.begin(tile) * kChunk + at;
       product.c = work_.output + tiles_.begin(tile) * width_ + column;
-      micro(format, tiles_.size(tile))(product);
+      multiply(format, tiles_.size(tile), vectors, product);
     }
   }
 
@@ -283,8 +274,7 @@ class Attend {
       const Vec scale = broadcast(1.0f / work_.total[row]);
       for (int64_t at = 0; at < width_; at += kLanes) store(values + at, mul(load(values + at), scale));
       T* out = static_cast<T*>(call_.output) + (token(row) * call_.query_heads + head(row)) * call_.value_size;
-      finish_row<T>(values, nullptr, full_, out);
-      if (full_ < call_.value_size) finish_row<T>(values + tail_, nullptr, call_.value_size - full_, out + full_);
+      finish_row<T>(values, nullptr, call_.value_size, out);
     }
   }
 
@@ -296,7 +286,7 @@ class Attend {
   int64_t length_, position_;
   const int32_t* table_;
   const T *keys_, *values_;
-  int64_t width_, full_, tail_;
+  int64_t width_, full_;
 };
 
 template <class T>
@@ -361,6 +351,47 @@ void run(const AttentionCall& call) {
   }
 }
 
+// float64 serves comparisons only: one row after another, no tiles.
+void attend_doubles(const AttentionCall& call, int64_t sequence, int64_t token, int64_t head) {
+  const int64_t length = call.seq_lens[sequence], position = length - call.query_start[sequence + 1] + token;
+  const int64_t kv_head = head / (call.query_heads / call.kv_heads);
+  const Range seen = visible(call, position, length);
+  const auto row_of = [&](const Cache& cache, int64_t key) {
+    const int64_t block = call.tables[sequence * call.table_stride + key / call.block_size];
+    return static_cast<const double*>(cache.data) + block * cache.block + kv_head * cache.head + key % call.block_size * cache.token;
+  };
+  const double* query = static_cast<const double*>(call.query.data) + token * call.query.token + head * call.query.head;
+  double best = call.sinks == nullptr ? -std::numeric_limits<double>::infinity() : call.sinks[head];
+  std::vector<double> weights;
+  for (int64_t key = seen.begin; key < seen.end; ++key) {
+    const double* keys = row_of(call.key_cache, key);
+    double score = 0.0;
+    for (int64_t at = 0; at < call.key_size; ++at) score += query[at] * keys[at];
+    score *= call.scale;
+    if (call.softcap != 0.0) score = call.softcap * std::tanh(score / call.softcap);
+    if (call.slopes != nullptr) score += call.slopes[head] * double(key - position);
+    best = std::max(best, score);
+    weights.push_back(score);
+  }
+  double total = call.sinks == nullptr ? 0.0 : std::exp(call.sinks[head] - best);
+  std::vector<double> sums(call.value_size);
+  for (int64_t key = seen.begin; key < seen.end; ++key) {
+    const double weight = std::exp(weights[key - seen.begin] - best), *values = row_of(call.value_cache, key);
+    total += weight;
+    for (int64_t at = 0; at < call.value_size; ++at) sums[at] += weight * values[at];
+  }
+  double* out = static_cast<double*>(call.output) + (token * call.query_heads + head) * call.value_size;
+  for (int64_t at = 0; at < call.value_size; ++at) out[at] = sums[at] / total;
+}
+
+void run_doubles(const AttentionCall& call) {
+  clear_padding<double>(call);
+  if (call.slots != nullptr) write_cache<double>(call);
+  for (int64_t sequence = 0; sequence < call.sequences; ++sequence)
+    for (int64_t token = call.query_start[sequence]; token < call.query_start[sequence + 1]; ++token)
+      for (int64_t head = 0; head < call.query_heads; ++head) attend_doubles(call, sequence, token, head);
+}
+
 }  // namespace
 
 void attention(const AttentionCall& call) {
@@ -368,6 +399,7 @@ void attention(const AttentionCall& call) {
     case DType::kFloat32: return run<float>(call);
     case DType::kBFloat16: return run<bf16>(call);
     case DType::kFloat16: return run<f16>(call);
+    case DType::kFloat64: return run_doubles(call);
   }
 }
 

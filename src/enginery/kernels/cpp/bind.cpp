@@ -6,7 +6,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -42,7 +47,8 @@ DType dtype_of(const char* op, const Tensor& tensor) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
-    default: fail(op, ": the CPU kernel takes float32, bfloat16 or float16");
+    case ScalarType::Double: return DType::kFloat64;
+    default: fail(op, ": takes float32, bfloat16, float16 or float64");
   }
 }
 
@@ -69,6 +75,25 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
   return Tensor(handle);
 }
 
+// Memory for what decoding streams through: where it lies in huge pages, a virtual machine's nested page walks vanish and two
+// threads read it up to three times as fast (26 -> 74 GB/s on a 2-core EPYC guest).
+Tensor empty_in_huge_pages(const std::vector<int64_t>& sizes, const Tensor& like) {
+#if defined(__linux__) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
+  constexpr size_t kHugePage = size_t(2) << 20;
+  size_t bytes = like.element_size();
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes >= kHugePage) {
+    void* data = nullptr;
+    if (posix_memalign(&data, kHugePage, bytes) != 0) throw std::bad_alloc();
+    madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // advice: where it is refused, pages are small
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t at = sizes.size(); at-- > 1;) strides[at - 1] = strides[at] * sizes[at];
+    return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), [](void* held) { std::free(held); });
+  }
+#endif
+  return empty(sizes, like);
+}
+
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
@@ -87,7 +112,7 @@ Tensor bound_pack_linear(Tensor weight) {
   check_dims(op, "weight", weight, 2);
   weight = dense(weight);
   const int64_t features = weight.size(0), depth = weight.size(1), pair = pair_of(dtype);
-  Tensor panels = empty({(features + kLanes - 1) / kLanes, (depth + pair - 1) / pair, kLanes, pair}, weight);
+  Tensor panels = empty_in_huge_pages({(features + kPanel - 1) / kPanel, (depth + pair - 1) / pair, kPanel, pair}, weight);
   pack_linear({dtype, weight.data_ptr(), features, depth, panels.data_ptr(), thread_count()});
   return panels;
 }
@@ -95,7 +120,7 @@ Tensor bound_pack_linear(Tensor weight) {
 void check_panels(const char* op, const Tensor& weight, DType dtype, int64_t depth) {
   check_dims(op, "packed weight", weight, 4);
   const int64_t pair = pair_of(dtype), steps = (depth + pair - 1) / pair;
-  CHECK(weight.size(2) == kLanes && weight.size(3) == pair, op, ": the weight is not packed for its dtype; use pack_linear");
+  CHECK(weight.size(2) == kPanel && weight.size(3) == pair, op, ": the weight is not packed for its dtype; use pack_linear");
   CHECK(weight.size(1) == steps, op, ": the packed weight has depth ", weight.size(1) * pair, ", the input ", depth);
   CHECK(weight.is_contiguous(), op, ": the packed weight must be contiguous");
 }
@@ -105,7 +130,7 @@ Tensor bound_packed_linear(Tensor input, Tensor weight, int64_t out_features, st
   const DType dtype = dtype_of(op, input);
   check_same(op, "weight", weight, input);
   CHECK(input.dim() >= 1, op, ": the input has no dimension");
-  const int64_t depth = input.size(-1), panels = (out_features + kLanes - 1) / kLanes;
+  const int64_t depth = input.size(-1), panels = (out_features + kPanel - 1) / kPanel;
   check_panels(op, weight, dtype, depth);
   CHECK(out_features >= 0 && weight.size(0) == panels, op, ": ", out_features, " outputs need ", panels, " panels, the weight has ",
         weight.size(0));
@@ -132,14 +157,14 @@ Tensor bound_packed_embedding(Tensor indices, Tensor weight, int64_t features) {
   check_type(op, "indices", indices, ScalarType::Long, "int64");
   check_panels(op, weight, dtype, features);
   indices = dense(indices);
-  const int64_t count = indices.numel(), limit = weight.size(0) * kLanes;
+  const int64_t count = indices.numel(), limit = weight.size(0) * kPanel;
   const int64_t* data = static_cast<const int64_t*>(indices.data_ptr());
   for (int64_t at = 0; at < count; ++at)
     CHECK(data[at] >= 0 && data[at] < limit, op, ": index ", data[at], " is outside [0, ", limit, ")");
   std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
   sizes.push_back(features);
   Tensor output = empty(sizes, weight);
-  const int64_t panel = weight.size(1) * kLanes * weight.size(3);
+  const int64_t panel = weight.size(1) * kPanel * weight.size(3);
   packed_embedding({dtype, data, count, features, panel, weight.data_ptr(), output.data_ptr(), thread_count()});
   return output;
 }
@@ -186,9 +211,9 @@ Tensor dense_heads(const char* op, const char* name, const Tensor& tensor, const
 
 Heads heads(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 
-// One float32 number for each query head.
-std::vector<float> per_head(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t heads) {
-  std::vector<float> values;
+// One number for each query head.
+std::vector<double> per_head(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t heads) {
+  std::vector<double> values;
   if (!tensor.has_value()) return values;
   CHECK(tensor->dim() == 1 && tensor->size(0) == heads, op, ": ", name, " must have one element for each of the ", heads, " query heads");
   const DType dtype = dtype_of(op, *tensor);
@@ -198,6 +223,7 @@ std::vector<float> per_head(const char* op, const char* name, const std::optiona
       case DType::kFloat32: values.push_back(static_cast<const float*>(tensor->data_ptr())[at]); break;
       case DType::kBFloat16: values.push_back(widen(static_cast<const bf16*>(tensor->data_ptr())[at])); break;
       case DType::kFloat16: values.push_back(widen(static_cast<const f16*>(tensor->data_ptr())[at])); break;
+      case DType::kFloat64: values.push_back(static_cast<const double*>(tensor->data_ptr())[at]); break;
     }
   }
   return values;
@@ -205,8 +231,8 @@ std::vector<float> per_head(const char* op, const char* name, const std::optiona
 
 // What both attentions share; `sinks` and `slopes` outlive the call.
 AttentionCall common(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-                     std::optional<int64_t> window, std::optional<double> softcap, const std::vector<float>& sinks,
-                     const std::vector<float>& slopes) {
+                     std::optional<int64_t> window, std::optional<double> softcap, const std::vector<double>& sinks,
+                     const std::vector<double>& slopes) {
   AttentionCall call{};
   call.dtype = dtype_of(op, query);
   call.tokens = query.size(0);
@@ -224,9 +250,9 @@ AttentionCall common(const char* op, const Tensor& query, const Tensor& key, con
   call.query = heads(query);
   call.key = heads(key);
   call.value = heads(value);
-  call.scale = float(scale);
+  call.scale = scale;
   call.window = window.value_or(INT64_MAX);
-  call.softcap = float(softcap.value_or(0.0));
+  call.softcap = softcap.value_or(0.0);
   call.sinks = sinks.empty() ? nullptr : sinks.data();
   call.slopes = slopes.empty() ? nullptr : slopes.data();
   call.threads = thread_count();

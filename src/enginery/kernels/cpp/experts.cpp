@@ -17,7 +17,7 @@ class ExpertLinear {
   explicit ExpertLinear(const ExpertCall& call)
       : call_(call),
         chunks_((call.depth + kChunk - 1) / kChunk),
-        groups_((call.features + kColumns - 1) / kColumns),
+        groups_((call.features + kPanel - 1) / kPanel),
         starts_(call.expert_count + 1),
         order_(call.rows) {
     for (int64_t row = 0; row < call.rows; ++row) ++starts_[call.experts[row] + 1];
@@ -31,7 +31,7 @@ class ExpertLinear {
     for (int64_t expert = 0; expert < call_.expert_count; ++expert)
       most = std::max(most, starts_[expert + 1] - starts_[expert]);
     const size_t packed_bytes = round_up(most * chunks_ * kChunk * sizeof(float), kLine);
-    const size_t panel_bytes = kColumns * call_.depth * sizeof(float);
+    const size_t panel_bytes = kPanel * call_.depth * sizeof(float);
     char* scratch = thread_scratch().reserve(packed_bytes + call_.threads * panel_bytes);
     float* packed = reinterpret_cast<float*>(scratch);
 #pragma omp parallel num_threads(call_.threads)
@@ -43,7 +43,7 @@ class ExpertLinear {
         const int64_t* rows = order_.data() + starts_[expert];
         pack_rows(tiles, rows, packed);
 #pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups_; ++group) multiply(expert, group, tiles, rows, packed, panels);
+        for (int64_t group = 0; group < groups_; ++group) multiply_group(expert, group, tiles, rows, packed, panels);
       }
     }
   }
@@ -60,24 +60,24 @@ class ExpertLinear {
         }
   }
 
-  void multiply(int64_t expert, int64_t group, const Tiles& tiles, const int64_t* rows, const float* packed, float* panels) const {
-    const int64_t column = group * kColumns, columns = std::min<int64_t>(kColumns, call_.features - column);
+  void multiply_group(int64_t expert, int64_t group, const Tiles& tiles, const int64_t* rows, const float* packed, float* panels) const {
+    const int64_t column = group * kPanel, columns = std::min<int64_t>(kPanel, call_.features - column);
     for (int64_t at = 0; at < columns; at += kLanes) pack_panel(expert, column + at, panels + at * call_.depth);
-    float c[kMaxRows * kColumns];
+    float c[kMaxRows * kPanel];
     Product product{};
     product.b = panels;
     product.b_step = kLanes;
-    product.b_panel = columns > kLanes ? call_.depth * kLanes : 0;
+    product.b_vector = call_.depth * kLanes;
     product.steps = call_.depth;
     product.c = c;
-    product.c_row = kColumns;
+    product.c_row = kPanel;
     const T* bias = call_.bias == nullptr ? nullptr : static_cast<const T*>(call_.bias) + expert * call_.features + column;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       product.a = packed + tiles.begin(tile) * chunks_ * kChunk;
-      micro(Format::kFloat, tiles.size(tile))(product);
+      multiply(Format::kFloat, tiles.size(tile), int(columns + kLanes - 1) / kLanes, product);
       for (int r = 0; r < tiles.size(tile); ++r) {
         T* out = static_cast<T*>(call_.output) + rows[tiles.begin(tile) + r] * call_.features + column;
-        finish_row(c + r * kColumns, bias, columns, out);
+        finish_row(c + r * kPanel, bias, columns, out);
       }
     }
   }
@@ -102,6 +102,21 @@ class ExpertLinear {
   std::vector<int64_t> starts_, order_;
 };
 
+// float64 serves comparisons only: plain loops.
+void multiply_doubles(const ExpertCall& call) {
+  const auto *input = static_cast<const double*>(call.input), *bias = static_cast<const double*>(call.bias);
+  const int64_t k_stride = call.transposed ? call.features : 1, column_stride = call.transposed ? 1 : call.depth;
+#pragma omp parallel for schedule(static) num_threads(call.threads)
+  for (int64_t row = 0; row < call.rows; ++row)
+    for (int64_t column = 0; column < call.features; ++column) {
+      const int64_t expert = call.experts[row];
+      const double* weight = static_cast<const double*>(call.weight) + expert * call.features * call.depth + column * column_stride;
+      double sum = bias == nullptr ? 0.0 : bias[expert * call.features + column];
+      for (int64_t k = 0; k < call.depth; ++k) sum += input[row * call.depth + k] * weight[k * k_stride];
+      static_cast<double*>(call.output)[row * call.features + column] = sum;
+    }
+}
+
 }  // namespace
 
 void expert_linear(const ExpertCall& call) {
@@ -109,6 +124,7 @@ void expert_linear(const ExpertCall& call) {
     case DType::kFloat32: return ExpertLinear<float>(call).run();
     case DType::kBFloat16: return ExpertLinear<bf16>(call).run();
     case DType::kFloat16: return ExpertLinear<f16>(call).run();
+    case DType::kFloat64: return multiply_doubles(call);
   }
 }
 

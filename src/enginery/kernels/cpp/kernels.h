@@ -6,9 +6,11 @@
 
 namespace enginery {
 
-enum class DType { kFloat32, kBFloat16, kFloat16 };
+constexpr int kPanel = 32;  // PANEL of enginery/ops/linear.py
 
-// weight [features, depth] -> panels [ceil(features / 16)][ceil(depth / pair)][16][pair], pair = 2 for bfloat16, else 1.
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// weight [features, depth] -> panels [ceil(features / 32)][ceil(depth / pair)][32][pair], pair = 2 for bfloat16, else 1.
 struct PackCall {
   DType dtype;
   const void* weight;
@@ -80,13 +82,13 @@ struct AttentionCall {
   int64_t table_stride;
   const int32_t* query_start;
   const int32_t* seq_lens;
-  float scale;
+  double scale;
   bool causal;
-  int64_t window;       // INT64_MAX: none
-  float softcap;        // 0: none
-  const float* sinks;   // [query_heads] or null
-  const float* slopes;  // [query_heads] or null
-  void* output;         // [tokens, query_heads, value_size]
+  int64_t window;        // INT64_MAX: none
+  double softcap;        // 0: none
+  const double* sinks;   // [query_heads] or null
+  const double* slopes;  // [query_heads] or null
+  void* output;          // [tokens, query_heads, value_size]
   int threads;
 };
 void attention(const AttentionCall& call);

@@ -1,8 +1,10 @@
-// packed_linear: GotoBLAS's blocking (Goto & van de Geijn, 2008) with B packed once and for all, and no split of the depth:
-// a tile's accumulators stay in registers from the first depth to the last, for one row as for two thousand.
+// packed_linear: GotoBLAS's blocking (Goto & van de Geijn, 2008) with B packed once and for all. A group of kPanel columns is
+// multiplied by all rows of a block before the next group, depth by depth, so that a piece of the group stays in the first cache
+// while the tiles of rows pass, and the weights are read from memory once for each block of rows.
 #include <omp.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "rows.h"
@@ -11,7 +13,10 @@
 namespace enginery {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 20;  // rows of A that stay in cache while all panels pass
+constexpr int kVectors = kPanel / kLanes;
+constexpr int64_t kBlockBytes = 1 << 18;  // rows of A that stay in the second cache while all panels pass
+constexpr int64_t kDepth = kChunk;        // steps of a panel that stay in the first cache while the tiles of a block pass
+constexpr int64_t kAhead = 64;            // steps of a single tile's panel that are on their way from memory
 constexpr int64_t kWidenFrom = 3;         // tiles that pay for widening a 16-bit panel to float32 once
 
 // How T's weights are stored and fed to the inner loop.
@@ -19,7 +24,7 @@ template <class T>
 struct Layout {
   static constexpr Format kFormat = Format::kFloat;
   static constexpr int kPair = 1;
-  static constexpr bool kCopied = true;  // A elements are the input's own bits
+  static constexpr bool kCopied = true;  // the elements of A are the input's own bits
 };
 template <>
 struct Layout<f16> {
@@ -42,30 +47,30 @@ class PackedLinear {
         steps_((call.depth + kPair - 1) / kPair),
         elements_(steps_ * elements_per_step(Layout<T>::kFormat)),
         chunks_((elements_ + kChunk - 1) / kChunk),
-        panels_((call.features + kLanes - 1) / kLanes),
-        groups_((panels_ + kPanels - 1) / kPanels),
+        groups_((call.features + kPanel - 1) / kPanel),
         tiles_(call.rows) {
     const int64_t tile_bytes = kMaxRows * chunks_ * kChunk * int64_t(sizeof(float));
     tiles_per_block_ = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(tile_bytes, 1), 1, tiles_.count);
-    widened_ = !std::is_same_v<T, float> && !(kDotPairs && kPair == 2) && tiles_per_block_ >= kWidenFrom;
+    widened_ = !Layout<T>::kCopied && tiles_per_block_ >= kWidenFrom;
   }
 
   void run() {
-    const size_t packed_bytes = round_up(tiles_per_block_ * kMaxRows * chunks_ * kChunk * sizeof(float), kLine);
-    const size_t panel_bytes = widened_ ? kColumns * steps_ * kPair * sizeof(float) : 0;
-    char* scratch = thread_scratch().reserve(packed_bytes + call_.threads * panel_bytes);
+    const int64_t block_rows = tiles_per_block_ * kMaxRows;
+    const size_t packed_bytes = round_up(block_rows * chunks_ * kChunk * sizeof(float), kLine);
+    const size_t sums = block_rows * kPanel, wide = widened_ ? steps_ * kPair * kPanel : 0;
+    char* scratch = thread_scratch().reserve(packed_bytes + call_.threads * (sums + wide) * sizeof(float));
     float* packed = reinterpret_cast<float*>(scratch);
     const bool direct = call_.rows == 1 && Layout<T>::kCopied && call_.depth % kPair == 0;
 #pragma omp parallel num_threads(call_.threads)
     {
-      float* wide = reinterpret_cast<float*>(scratch + packed_bytes + omp_get_thread_num() * panel_bytes);
+      float* own = reinterpret_cast<float*>(scratch + packed_bytes) + omp_get_thread_num() * (sums + wide);
       for (int64_t first = 0; first < tiles_.count; first += tiles_per_block_) {
         const int64_t last = std::min(first + tiles_per_block_, tiles_.count);
         if (direct) {
-          multiply(first, last, static_cast<const float*>(call_.input), wide);
+          multiply_block(first, last, static_cast<const float*>(call_.input), own, own + sums);
         } else {
           pack(first, last, packed);
-          multiply(first, last, packed, wide);
+          multiply_block(first, last, packed, own, own + sums);
 #pragma omp barrier
         }
       }
@@ -101,81 +106,108 @@ class PackedLinear {
     }
   }
 
-  // Each thread takes a contiguous range of (group of panels, tiles); a group's tiles are divided only where groups are few.
-  void multiply(int64_t first, int64_t last, const float* packed, float* wide) const {
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t parts = std::clamp<int64_t>(2 * threads / groups_, 1, last - first);
-    const int64_t tasks = groups_ * parts;
+  // Each thread takes a contiguous range of (group, tiles); a group's tiles are divided only where groups are few.
+  void multiply_block(int64_t first, int64_t last, const float* packed, float* sums, float* wide) const {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), count = last - first;
+    const int64_t parts = std::clamp<int64_t>(2 * threads / groups_, 1, count), tasks = groups_ * parts;
     for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-      const int64_t group = task / parts, part = task % parts, count = last - first;
-      multiply_group(group, first, first + count * part / parts, first + count * (part + 1) / parts, packed, wide);
+      const int64_t group = task / parts, part = task % parts;
+      const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
+      multiply_group(group, begin, end, packed + offset(first, begin), sums, wide);
+      finish(group, begin, end, sums);
     }
   }
 
-  void multiply_group(int64_t group, int64_t first, int64_t begin, int64_t end, const float* packed, float* wide) const {
-    const int64_t panel = group * kPanels, panel_elements = steps_ * kLanes * kPair;
-    const T* panels = static_cast<const T*>(call_.panels) + panel * panel_elements;
-    const bool whole = panel + kPanels <= panels_;
-    float c[kMaxRows * kColumns];
-    Product product{};
-    Format format = Layout<T>::kFormat;
-    product.b = panels;
-    product.b_step = kLanes;
-    product.b_panel = whole ? steps_ * kLanes : 0;  // a missing last panel repeats the one before; its columns are dropped
-    product.steps = steps_;
-    product.c = c;
-    product.c_row = kColumns;
+  // sums [rows of the tiles][kPanel] = their products with one panel
+  void multiply_group(int64_t group, int64_t begin, int64_t end, const float* packed, float* sums, float* wide) const {
+    const T* panel = static_cast<const T*>(call_.panels) + group * steps_ * kPanel * kPair;
     if (widened_) {
-      widen_panels(panels, whole ? kPanels : 1, wide);
-      format = Format::kFloat;
-      product.b = wide;
-      product.b_panel *= kPair;
-      product.steps *= kPair;
-    }
-    const int64_t column = group * kColumns, columns = std::min<int64_t>(kColumns, call_.features - column);
-    const T* bias = call_.bias == nullptr ? nullptr : static_cast<const T*>(call_.bias) + column;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      product.a = packed + offset(first, tile);
-      micro(format, tiles_.size(tile))(product);
-      for (int r = 0; r < tiles_.size(tile); ++r) {
-        T* out = static_cast<T*>(call_.output) + (tiles_.begin(tile) + r) * call_.features + column;
-        finish_row(c + r * kColumns, bias, columns, out);
-      }
+      widen_panel(panel, wide);
+      multiply_panel(Format::kFloat, steps_ * kPair, 1, wide, begin, end, packed, sums);
+    } else {
+      multiply_panel(Layout<T>::kFormat, steps_, elements_per_step(Layout<T>::kFormat), panel, begin, end, packed, sums);
     }
   }
 
-  void widen_panels(const T* panels, int count, float* wide) const {
-    if constexpr (kPair == 1) {
-      for (int64_t at = 0; at < count * steps_; ++at) store(wide + at * kLanes, load(panels + at * kLanes));
-    } else {
-      for (int64_t at = 0; at < count * steps_ * kLanes; ++at) {
-        const int64_t step = at / kLanes, lane = at % kLanes;
-        wide[(2 * step) * kLanes + lane] = widen(panels[2 * at]);
-        wide[(2 * step + 1) * kLanes + lane] = widen(panels[2 * at + 1]);
+  void multiply_panel(Format format, int64_t steps, int elements, const void* panel, int64_t begin, int64_t end,
+                      const float* packed, float* sums) const {
+    const int64_t step_bytes = kPanel * bytes_per_column(format), tiles = end - begin;
+    const int64_t depth = tiles == 1 ? steps : kDepth;
+    Product product{};
+    product.b_step = kPanel;
+    product.b_vector = kLanes;
+    product.c_row = kPanel;
+    for (int64_t step = 0; step < steps; step += depth) {
+      product.steps = std::min(depth, steps - step);
+      product.b = static_cast<const char*>(panel) + step * step_bytes;
+      product.accumulate = step > 0;
+      // One tile runs after the stream of weights; several tiles fetch the next piece of it together.
+      product.ahead_step = step_bytes / tiles;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t row = tiles_.begin(tile) - tiles_.begin(begin), element = step * elements;
+        const int rows = tiles_.size(tile);
+        const int64_t lead = tiles == 1 ? kAhead * step_bytes : depth * (step_bytes + (tile - begin) * product.ahead_step);
+        product.ahead = static_cast<const char*>(product.b) + lead;
+        product.a = packed + row * chunks_ * kChunk + element / kChunk * rows * kChunk + element % kChunk;
+        product.c = sums + row * kPanel;
+        multiply(format, rows, kVectors, product);
       }
+    }
+    if (steps == 0) std::memset(sums, 0, (tiles_.begin(end) - tiles_.begin(begin)) * kPanel * sizeof(float));
+  }
+
+  void finish(int64_t group, int64_t begin, int64_t end, const float* sums) const {
+    const int64_t column = group * kPanel, columns = std::min<int64_t>(kPanel, call_.features - column);
+    const T* bias = call_.bias == nullptr ? nullptr : static_cast<const T*>(call_.bias) + column;
+    for (int64_t row = tiles_.begin(begin); row < tiles_.begin(end); ++row, sums += kPanel)
+      finish_row(sums, bias, columns, static_cast<T*>(call_.output) + row * call_.features + column);
+  }
+
+  void widen_panel(const T* panel, float* wide) const {
+    if constexpr (kPair == 1) {
+      for (int64_t at = 0; at < steps_ * kPanel; at += kLanes) store(wide + at, load(panel + at));
+    } else {
+      for (int64_t step = 0; step < steps_; ++step)
+        for (int64_t column = 0; column < kPanel; ++column)
+          for (int64_t k = 0; k < kPair; ++k)
+            wide[(step * kPair + k) * kPanel + column] = widen(panel[(step * kPanel + column) * kPair + k]);
     }
   }
 
   const LinearCall& call_;
-  int64_t steps_, elements_, chunks_, panels_, groups_;
+  int64_t steps_, elements_, chunks_, groups_;
   Tiles tiles_;
   int64_t tiles_per_block_;
   bool widened_;
 };
 
+// float64 serves comparisons only: plain loops.
+void multiply_doubles(const LinearCall& call) {
+  const auto *input = static_cast<const double*>(call.input), *panels = static_cast<const double*>(call.panels);
+  const auto* bias = static_cast<const double*>(call.bias);
+#pragma omp parallel for schedule(static) num_threads(call.threads)
+  for (int64_t row = 0; row < call.rows; ++row)
+    for (int64_t column = 0; column < call.features; ++column) {
+      const double* weight = panels + column / kPanel * call.depth * kPanel + column % kPanel;
+      double sum = 0.0;
+      for (int64_t k = 0; k < call.depth; ++k) sum += input[row * call.depth + k] * weight[k * kPanel];
+      static_cast<double*>(call.output)[row * call.features + column] = sum + (bias == nullptr ? 0.0 : bias[column]);
+    }
+}
+
 template <class T>
 void pack(const PackCall& call) {
   constexpr int kPair = Layout<T>::kPair;
-  const int64_t steps = (call.depth + kPair - 1) / kPair, panels = (call.features + kLanes - 1) / kLanes;
+  const int64_t steps = (call.depth + kPair - 1) / kPair, panels = (call.features + kPanel - 1) / kPanel;
   const T* weight = static_cast<const T*>(call.weight);
 #pragma omp parallel for schedule(static) num_threads(call.threads)
   for (int64_t panel = 0; panel < panels; ++panel) {
-    T* out = static_cast<T*>(call.panels) + panel * steps * kLanes * kPair;
-    const int64_t rows = std::min<int64_t>(kLanes, call.features - panel * kLanes);
+    T* out = static_cast<T*>(call.panels) + panel * steps * kPanel * kPair;
+    const int64_t rows = std::min<int64_t>(kPanel, call.features - panel * kPanel);
     for (int64_t step = 0; step < steps; ++step)
-      for (int64_t lane = 0; lane < kLanes; ++lane)
+      for (int64_t lane = 0; lane < kPanel; ++lane)
         for (int64_t k = step * kPair; k < (step + 1) * kPair; ++k)
-          *out++ = lane < rows && k < call.depth ? weight[(panel * kLanes + lane) * call.depth + k] : T{};
+          *out++ = lane < rows && k < call.depth ? weight[(panel * kPanel + lane) * call.depth + k] : T{};
   }
 }
 
@@ -185,9 +217,9 @@ void embed(const EmbeddingCall& call) {
 #pragma omp parallel for schedule(static) num_threads(call.threads)
   for (int64_t i = 0; i < call.count; ++i) {
     const int64_t index = call.indices[i];
-    const T* lane = static_cast<const T*>(call.panels) + index / kLanes * call.panel_elements + index % kLanes * kPair;
+    const T* lane = static_cast<const T*>(call.panels) + index / kPanel * call.panel_elements + index % kPanel * kPair;
     T* out = static_cast<T*>(call.output) + i * call.features;
-    for (int64_t k = 0; k < call.features; ++k) out[k] = lane[k / kPair * kPair * kLanes + k % kPair];
+    for (int64_t k = 0; k < call.features; ++k) out[k] = lane[k / kPair * kPair * kPanel + k % kPair];
   }
 }
 
@@ -198,6 +230,7 @@ void packed_linear(const LinearCall& call) {
     case DType::kFloat32: return PackedLinear<float>(call).run();
     case DType::kBFloat16: return PackedLinear<bf16>(call).run();
     case DType::kFloat16: return PackedLinear<f16>(call).run();
+    case DType::kFloat64: return multiply_doubles(call);
   }
 }
 
@@ -206,6 +239,7 @@ void pack_linear(const PackCall& call) {
     case DType::kFloat32: return pack<float>(call);
     case DType::kBFloat16: return pack<bf16>(call);
     case DType::kFloat16: return pack<f16>(call);
+    case DType::kFloat64: return pack<double>(call);
   }
 }
 
@@ -214,6 +248,7 @@ void packed_embedding(const EmbeddingCall& call) {
     case DType::kFloat32: return embed<float>(call);
     case DType::kBFloat16: return embed<bf16>(call);
     case DType::kFloat16: return embed<f16>(call);
+    case DType::kFloat64: return embed<double>(call);
   }
 }
 

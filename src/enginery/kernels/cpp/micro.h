@@ -1,7 +1,8 @@
-// The one inner loop of every matrix product here: R rows of A times kPanels panels of sixteen columns of B.
+// The one inner loop of every matrix product here: R rows of A times one or two vectors of sixteen columns of B.
 //
 // Law: element (r, c) of the result is the chain  x = fma(a[r][k], b[k][c], x)  for k = 0, 1, 2, ... in float32, whatever R is and
-// wherever the row lies. No other order is ever taken, so a row's result does not depend on the rows beside it.
+// wherever the row lies. No other order is ever taken, so a row's result does not depend on the rows beside it. A chain
+// may be stored and taken up again, which is exact.
 #pragma once
 
 #include <cstddef>
@@ -10,24 +11,23 @@
 
 namespace enginery {
 
+// Rows whose accumulators fit the registers beside the operands.
 #if defined(ENGINERY_AVX512)
-constexpr int kMaxRows = 14, kPanels = 2;  // 28 accumulators, 2 operands, 1 broadcast of 32 registers
+constexpr int kMaxRows = 14, kWideRows = 14;  // 28 accumulators, 2 operands, 1 broadcast of 32
 #else
-constexpr int kMaxRows = 6, kPanels = 1;  // AVX2: 12 accumulators, 2 operands, 1 broadcast of 16 registers
+constexpr int kMaxRows = 6, kWideRows = 3;  // AVX2: 12 accumulators of two halves, operands, 1 broadcast of 16
 #endif
 
-constexpr int kColumns = kPanels * kLanes;
-
-// A is stored in chunks [ceil(steps / kChunk)][R][kChunk] of 32-bit elements: copying rows there is a plain copy, and R
+// A is stored in chunks [ceil(elements / kChunk)][R][kChunk] of 32-bit elements: bringing rows there is a plain copy, and R
 // rows are R constant displacements from one pointer.
 constexpr int kChunk = 256;
 
-// How a format is read: 32-bit A elements against B elements.
+// How B is read, and what an element of A is.
 enum class Format {
-  kFloat,     // A float32, B float32 [k][16]
-  kHalf,      // A float32, B float16 [k][16]
-  kBfloat,    // A float32, B bfloat16 [k][16]
-  kPairs,     // bfloat16 B [k / 2][16][2]; A float32, or pairs of bfloat16 where the CPU has their dot product (kDotPairs)
+  kFloat,   // B float32 [step][16]; A float32
+  kHalf,    // B float16 [step][16]; A float32
+  kBfloat,  // B bfloat16 [step][16]; A float32
+  kPairs,   // B bfloat16 [step][16][2]; A float32, two a step, or pairs of bfloat16 where the CPU multiplies them (kDotPairs)
 };
 
 #if defined(ENGINERY_AVX512) && defined(__AVX512BF16__)
@@ -36,24 +36,25 @@ constexpr bool kDotPairs = true;
 constexpr bool kDotPairs = false;
 #endif
 
-// One step of A: how many 32-bit elements a step of B consumes.
 constexpr int elements_per_step(Format format) { return format == Format::kPairs && !kDotPairs ? 2 : 1; }
 
+constexpr int bytes_per_column(Format format) { return format == Format::kHalf || format == Format::kBfloat ? 2 : 4; }
+
 struct Product {
-  const void* a;        // chunked, see above
-  const void* b;        // first panel
-  ptrdiff_t b_step;     // B elements from one step to the next
-  ptrdiff_t b_panel;    // B elements from one panel to the next
+  const float* a;           // chunked; may start inside a chunk if the product ends there too
+  const void* b;            // the first vector's first step
+  ptrdiff_t b_step;         // columns of B from one step to the next
+  ptrdiff_t b_vector;       // columns of B from one vector to the next
   int64_t steps;
-  float* c;             // [R][kColumns], row stride c_row
+  float* c;                 // [R][16 · vectors]
   ptrdiff_t c_row;
-  bool accumulate;      // the chains start from c instead of zero
+  bool accumulate;          // the chains start from c instead of zero
+  const char* ahead;        // memory to prefetch, or null
+  ptrdiff_t ahead_step;     // bytes of it for each step; up to two lines
 };
 
-using Micro = void (*)(const Product&);
-
-// The inner loop for 1 ≤ rows ≤ kMaxRows.
-Micro micro(Format format, int rows);
+// c = a · b for 1 ≤ rows ≤ kMaxRows and any number of vectors.
+void multiply(Format format, int rows, int vectors, const Product& product);
 
 // rows split into the fewest tiles of at most kMaxRows, as even as can be.
 struct Tiles {

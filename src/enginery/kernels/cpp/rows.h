@@ -28,7 +28,7 @@ inline void pack_row_chunk(const T* row, int64_t depth, int64_t elements, int64_
   for (int64_t at = end; at < limit; ++at) out[at - begin] = 0.0f;
 }
 
-// c [kColumns] + bias -> out, the first `count` of them.
+// c + bias -> out; `count` elements, c padded to whole vectors.
 template <class T>
 inline void finish_row(const float* c, const T* bias, int64_t count, T* out) {
   for (int64_t at = 0; at < count; at += kLanes) {

@@ -24,7 +24,7 @@ constexpr int kWidth = 8;
 constexpr int kWidth = 4;
 #endif
 
-constexpr int kLanes = 16;  // PANEL of enginery/ops/linear.py
+constexpr int kLanes = 16;
 constexpr int kParts = kLanes / kWidth;
 
 // 16-bit elements are carried as their bits.
