@@ -1,0 +1,192 @@
+"""Compiling regions ahead of time: a region's network -> torch.export -> AOTInductor -> one package that can be loaded and run.
+
+Weights, KV pools and the batch's tables are inputs of the compiled code; it holds no data. Operators of ours stay calls;
+everything between them is fused by Inductor. All sizes that depend on the batch are symbolic, so one compilation serves every
+batch: on a CPU a decode profile of its own would change nothing but the number of threads of the glue, which the compiled
+code decides by the number of rows (`native.serial_when_small`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from enginery.engine.code_cache import CodeCache
+from enginery.engine.native import build_library, compiler
+from enginery.engine.regions import Region
+from enginery.errors import BuildError
+from enginery.network import Dim, Network
+
+Report = Callable[[str, int, int], None]
+Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+EXAMPLE_SIZES = (7, 3, 5, 11, 13, 17, 19, 23)
+"""Sizes that stand for symbols while a region is traced: no two equal, none special."""
+MODEL = "model"
+
+
+class Compilation:
+    """Compiles distinct regions, the Python part now, the C++ compilers in the background. `wait` gives the packages."""
+
+    def __init__(self, cache: CodeCache, device: str, report: Report | None = None) -> None:
+        self._cache = cache
+        self._device = torch.device(device)
+        self._report = report or (lambda stage, done, total: None)
+        self._done: dict[str, Path] = {}
+        self._running: dict[str, Future[Path]] = {}
+        self._pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))))
+        self._total = 0
+
+    def start(self, regions: Mapping[str, Region]) -> None:
+        """Takes from the cache what is there and begins to compile the rest. Raises ResourceError without a compiler."""
+        self._done = {key: path for key in regions if (path := self._cache.find(key)) is not None}
+        missing = {key: region for key, region in regions.items() if key not in self._done}
+        self._total = len(missing)
+        if missing:
+            compiler()
+            self._report("compile", 0, self._total)
+        for key, region in missing.items():
+            self._running[key] = self._start(key, region)
+
+    def wait(self) -> dict[str, Path]:
+        """The packages by key. Raises BuildError if a compiler failed."""
+        try:
+            for number, (key, future) in enumerate(self._running.items(), 1):
+                self._done[key] = future.result()
+                self._report("compile", number, self._total)
+            return self._done
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends what has not begun; waits for the compilers that run."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, key: str, region: Region) -> Future[Path]:
+        scratch = self._cache.scratch()
+        try:
+            sources = lower(region.network, self._device, Path(scratch.name))
+        except BaseException:
+            scratch.cleanup()
+            raise
+
+        def finish() -> Path:
+            with scratch as directory:
+                files: Sequence[Path] = sources
+                if not any(path.suffix == ".so" for path in sources):
+                    files = build_library(sources, Path(directory) / "region.so")
+                return self._cache.publish(key, package(files, Path(directory) / f"{key}.pt2"))
+
+        return self._pool.submit(finish)
+
+
+def lower(network: Network, device: torch.device, scratch: Path) -> list[Path]:
+    """The files that AOTInductor makes of a region: sources for a CPU, a library and kernels for a GPU.
+
+    Raises BuildError if export or Inductor cannot take the region.
+    """
+    examples, shapes = example_inputs(network, device)
+    with _inductor(scratch), torch.no_grad():
+        try:
+            module = _with_plain_outputs(network).to_graph_module(device)
+            program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
+            files = torch._inductor.aot_compile(program.module(), examples, options=_options(device))  # type: ignore[arg-type]
+        except Exception as error:  # export and Inductor raise errors of many classes
+            line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise BuildError(f"a region cannot be compiled: {line}", "Use --backend eager") from error
+    return [Path(file) for file in files]
+
+
+def example_inputs(network: Network, device: torch.device) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+    """Inputs without content and, for each, which of its sizes are symbolic, as torch.export wants them."""
+    sizes: dict[str, int] = {}
+    dims: dict[str, Any] = {}
+
+    def size_of(size: Any) -> int:
+        if not isinstance(size, Dim):
+            return size
+        for symbol in sorted(size.symbols):
+            sizes.setdefault(symbol, EXAMPLE_SIZES[len(sizes) % len(EXAMPLE_SIZES)])
+        return int(size.substitute(sizes))  # type: ignore[arg-type]
+
+    def dim_of(size: Any) -> Any:
+        if not isinstance(size, Dim):
+            return torch.export.Dim.STATIC
+        if size.name is None:
+            return torch.export.Dim.AUTO
+        return dims.setdefault(size.name, torch.export.Dim(size.name, min=1))
+
+    examples = []
+    for tensor in network.inputs:
+        shape = [size_of(size) for size in tensor.shape]
+        examples.append(torch.empty(shape, dtype=tensor.dtype, device=device))
+        if not tensor.dtype.is_floating_point:
+            examples[-1].zero_()
+    shapes = tuple([dim_of(size) for size in tensor.shape] for tensor in network.inputs)
+    return tuple(examples), shapes
+
+
+def _with_plain_outputs(network: Network) -> Network:
+    """Results are laid out contiguously: the regions that read them are compiled for that."""
+    network = network.copy()
+    for name, tensor in zip(network.output_names, network.outputs, strict=True):
+        plain = network.call(torch.ops.aten.contiguous.default, tensor)
+        network.set_output(name, plain)  # type: ignore[arg-type]
+    return network
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    wanted: dict[str, Any] = {
+        "aot_inductor.package": True,
+        "aot_inductor.precompile_headers": False,
+        "cpp.cxx": (None, compiler()),
+        "cpp.vec_isa_ok": True,
+    }
+    if device.type == "cpu":
+        wanted["aot_inductor.package_cpp_only"] = True
+    return wanted
+
+
+@contextmanager
+def _inductor(scratch: Path) -> Iterator[None]:
+    """Inductor writes below `scratch`, which is private, instead of a place in /tmp that anybody could have made."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    former = os.environ.get(name)
+    os.environ[name] = str(scratch)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if former is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = former
+
+
+def package(files: Sequence[Path], target: Path) -> Path:
+    from torch._inductor.package import package_aoti
+
+    package_aoti(str(target), {MODEL: [str(path) for path in files]})
+    return target
+
+
+def load(path: Path, device: str) -> Run:
+    """The compiled region, ready to run. Single-threaded: one step runs at a time, and CUDA graphs can capture it."""
+    index = torch.cuda.current_device() if device == "cuda" else -1
+    try:
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL, True, 1, index)  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        line = str(error).splitlines()[0][:200]
+        raise BuildError(f"compiled region {path} does not load: {line}", f"Remove {path}") from None
+    return loader.run
+
+
+__all__ = ["Compilation", "Run", "load", "lower"]

@@ -1,0 +1,237 @@
+"""An engine that is open: weights mapped, KV pools allocated, regions loaded. What a session runs steps on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from enginery import env
+from enginery.engine.artifact import Artifact, open_artifact
+from enginery.engine.code_cache import CodeCache, fingerprint
+from enginery.engine.compile import Compilation, load
+from enginery.engine.config import BuildConfig
+from enginery.engine.manifest import Facts, Manifest
+from enginery.engine.memory import MemoryPlan, caches, plan_memory
+from enginery.engine.protocol import EngineLimits, StepInputs
+from enginery.engine.regions import Outline, outline
+from enginery.engine.steps import CompiledStep, EagerStep, Step
+from enginery.errors import ResourceError, StepError, UsageError
+from enginery.kernels.table import TABLE
+from enginery.network import Network
+
+Progress = Callable[[str, int, int], None]
+"""stage, done, total (0: unknown)"""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that an engine is made of, on disk or in memory."""
+
+    network: Network
+    manifest: Manifest
+    weights: Mapping[str, torch.Tensor]
+    directory: Path | None
+
+
+class Engine:
+    """Satisfies `protocol.Engine`. Made by `Engine.load` and `builder.build`. One thread at a time.
+
+    Attributes:
+        directory: where it was loaded from; None for an engine that was never written.
+        facts: of the model.
+        plan: how its device's memory is divided.
+        regions: how the network was cut.
+    """
+
+    def __init__(self, parts: Parts, config: BuildConfig, progress: Progress | None = None) -> None:
+        _set_threads()
+        self.directory = parts.directory
+        self.facts: Facts = parts.manifest.facts
+        self.manifest = parts.manifest
+        self.backend = config.backend
+        self.device = torch.device(parts.manifest.device)
+        self.regions: Outline = outline(parts.network)
+        self.plan: MemoryPlan = plan_memory(parts.network, self.regions, self.facts, config, self.device.type)
+        TABLE.load(self.device.type)
+        runs = {}
+        if config.backend == "compiled":
+            packages = compile_regions(self.regions, self.device.type, progress)
+            runs = {key: load(path, self.device.type) for key, path in packages.items()}
+        self._pools = self._allocate(parts.network)
+        fixed = {name: value.to(self.device) for name, value in parts.weights.items()} | self._pools
+        step_inputs = [tensor for tensor in parts.network.inputs if tensor.name not in self._pools]
+        self._step: Step | None = (
+            CompiledStep(self.regions, runs, fixed, step_inputs)
+            if config.backend == "compiled"
+            else EagerStep(parts.network, fixed, step_inputs)
+        )
+        self._names = [tensor.name for tensor in step_inputs]
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        config: BuildConfig | None = None,
+        *,
+        trust_engine_code: bool = False,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Opens an engine directory, every byte of which is verified.
+
+        Compiled regions come from the user's cache, or from the directory if this user compiled them there (or
+        `trust_engine_code`), or are compiled now into the cache.
+
+        Raises:
+            EngineFileError: the directory is not what was built, or of another format.
+            UsageError: the configuration asks for another dtype or device than the engine was built for.
+            ResourceError: the device's memory is too small; says what would fit.
+        """
+        config = config or BuildConfig()
+        artifact = open_artifact(Path(directory), report=progress)
+        _require_same(artifact.manifest, config, Path(directory))
+        if config.backend == "compiled":
+            cache = CodeCache(fingerprint(artifact.manifest.device))
+            cache.adopt(artifact.kernels(cache.fingerprint), trust=trust_engine_code)
+        return cls.open(artifact, config, progress)
+
+    @classmethod
+    def open(cls, artifact: Artifact, config: BuildConfig, progress: Progress | None = None) -> Engine:
+        """Opens an artifact that has been verified, or was just written."""
+        parts = Parts(artifact.network, artifact.manifest, artifact.weights(), artifact.directory)
+        return cls(parts, config, progress)
+
+    @property
+    def limits(self) -> EngineLimits:
+        return self.plan.limits
+
+    def execute(self, inputs: StepInputs) -> torch.Tensor:
+        """Runs one step: logits `[L, vocab_size]` float32, valid until the next call.
+
+        Raises StepError if the batch is not one of this engine's limits, or names what failed.
+        """
+        if self._step is None:
+            raise StepError("the engine is closed", "Load it again")
+        check_inputs(inputs, self.limits)
+        wanted = inputs.logits_indices
+        values = {name: torch.from_numpy(getattr(inputs, name)) for name in self._names}
+        if len(wanted) == 0:  # compiled code wants at least one row; the last token's is computed and dropped
+            values["logits_indices"] = torch.tensor([len(inputs.token_ids) - 1])
+        if self.device.type != "cpu":
+            values = {name: value.to(self.device, non_blocking=True) for name, value in values.items()}
+        return self._step(values)[: len(wanted)]
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        if not pairs:
+            return
+        last = self.limits.num_blocks - 1
+        if any(not 0 <= block <= last for pair in pairs for block in pair):
+            raise StepError(f"a block to copy is outside 0..{last}")
+        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
+        for pool in self._pools.values():
+            pool[targets] = pool[sources]
+
+    def close(self) -> None:
+        """Frees weights, KV pools and compiled code."""
+        self._step = None
+        self._pools = {}
+
+    def summary(self) -> dict[str, Any]:
+        """What was built, in JSON types."""
+        return {
+            "directory": None if self.directory is None else str(self.directory),
+            "backend": self.backend,
+            "device": str(self.device),
+            "facts": asdict(self.facts),
+            "limits": asdict(self.limits),
+            "memory": {
+                "weights": self.plan.weights,
+                "activations": self.plan.activations,
+                "kv_cache": self.plan.kv_cache,
+                "available": self.plan.available,
+            },
+            "phases": list(self.manifest.phases),
+            "regions": {region.name: len(region.network) for region in self.regions.distinct.values()},
+        }
+
+    def __str__(self) -> str:
+        title = f"{self.facts.architecture}, {self.facts.dtype}, {self.backend} on {self.device}"
+        return "\n".join([title, str(self.regions), str(self.plan), f"in {self.directory or 'memory'}"])
+
+    def _allocate(self, network: Network) -> dict[str, torch.Tensor]:
+        """Zeroed KV pools by name. The pages of a pool are taken as they are written."""
+        blocks = self.limits.num_blocks
+        try:
+            return {
+                pool.name: torch.zeros([blocks, *map(int, pool.shape[1:])], dtype=pool.dtype, device=self.device)  # type: ignore[arg-type]
+                for pool in caches(network)
+            }
+        except RuntimeError:
+            raise ResourceError(
+                f"the KV cache of {self.plan.kv_cache >> 20} MiB cannot be allocated on {self.device}", "Lower --kv-cache-memory"
+            ) from None
+
+
+def compile_regions(regions: Outline, device: str, progress: Progress | None = None) -> dict[str, Path]:
+    """The compiled form of each distinct region, from the user's cache or compiled now into it."""
+    compilation = Compilation(CodeCache(fingerprint(device)), device, progress)
+    try:
+        compilation.start(regions.distinct)
+        return compilation.wait()
+    finally:
+        compilation.close()
+
+
+def check_inputs(inputs: StepInputs, limits: EngineLimits) -> None:
+    """Raises StepError for a batch that would read or write outside of the engine's tensors."""
+    tokens, sequences = len(inputs.token_ids), len(inputs.seq_lens)
+    if not 1 <= tokens <= limits.max_num_tokens:
+        raise StepError(f"a step of {tokens} tokens is outside 1..{limits.max_num_tokens}", "See --max-num-batched-tokens")
+    lengths = (len(inputs.positions), len(inputs.slot_mapping), int(inputs.query_start[-1]))
+    if lengths != (tokens, tokens, tokens) or len(inputs.query_start) != sequences + 1 != len(inputs.block_tables) + 1:
+        raise StepError("the arrays of a step disagree about its tokens or sequences")
+    longest = int(inputs.seq_lens.max())
+    bounds = (
+        ("token id", inputs.token_ids, 0, limits.vocab_size),
+        ("position", inputs.positions, 0, limits.max_model_len),
+        ("slot", inputs.slot_mapping, -1, limits.num_blocks * limits.block_size),
+        ("block", inputs.block_tables, 0, limits.num_blocks),
+        ("logits index", inputs.logits_indices, 0, tokens),
+        ("sequence length", inputs.seq_lens, 0, inputs.block_tables.shape[1] * limits.block_size + 1),
+    )
+    for name, values, low, high in bounds:
+        if values.size and (int(values.min()) < low or int(values.max()) >= high):
+            raise StepError(f"a {name} of the step is outside {low}..{high - 1}")
+    if longest > limits.max_model_len or bool(np.any(np.diff(inputs.query_start) < 0)):
+        raise StepError("the sequence lengths of a step are impossible")
+
+
+def _require_same(manifest: Manifest, config: BuildConfig, directory: Path) -> None:
+    if config.dtype not in ("auto", manifest.facts.dtype):
+        raise UsageError(
+            f"{directory} was built in {manifest.facts.dtype}, not {config.dtype}", "Leave --dtype out, or build it again"
+        )
+    if config.device not in ("auto", manifest.device):
+        raise UsageError(
+            f"{directory} was built for {manifest.device}, not {config.device}", "Leave --device out, or build it again"
+        )
+    if manifest.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"{directory} was built for cuda and torch finds no CUDA device", "Build it again with --device cpu")
+
+
+def _set_threads() -> None:
+    """Threads of the CPU kernels: ENGINERY_THREADS, or one per physical core that this process may use."""
+    threads = env.read_int("ENGINERY_THREADS")
+    if threads <= 0 and "OMP_NUM_THREADS" not in os.environ:
+        threads = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
+__all__ = ["Engine", "Parts", "Progress", "check_inputs", "compile_regions"]
