@@ -1,7 +1,7 @@
 """Training text: problems written as chats or plain text, tokenised, packed into rows, made ahead by worker processes.
 
-A row is `length + 1` tokens of uint16. The top bit (`TRAINED`) marks the tokens that the model must learn to say; the others
-are the user's part. Step `n` of seed `s` is the same rows on any machine with any number of workers.
+A row is `length + 1` tokens of uint16. The top bit (`TRAINED`) marks the tokens that the model must learn to say; the
+others are the user's part. Step `n` of seed `s` is the same rows on any machine with any number of workers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from tokenizers import Tokenizer
 
 TRAINED = 0x8000
 SYSTEM = (
-    "You are a helpful assistant.", "You are Enginery's bundled model.", "Answer briefly.", "You are a small language model.",
-    "Be concise.", "You answer small questions about numbers, words, lists and JSON.", "You are a helpful, precise assistant.",
-    "Give short answers.", "Always be polite.", "Think before you answer.", "Answer the user's question.", "Do not explain.",
-    "You are a careful calculator.", "Answer in English.", "The user is in a hurry.", "Be correct.",
+    "You are a helpful assistant.", "You are Enginery's bundled model.", "Answer briefly.",
+    "You are a small language model.", "Be concise.",
+    "You answer small questions about numbers, words, lists and JSON.", "You are a helpful, precise assistant.",
+    "Give short answers.", "Always be polite.", "Think before you answer.", "Answer the user's question.",
+    "Do not explain.", "You are a careful calculator.", "Answer in English.", "The user is in a hurry.", "Be correct.",
 )  # fmt: skip
 _NAMES = list(TASKS)
 _WEIGHTS = [weight for _, weight in TASKS.values()]
@@ -115,7 +116,7 @@ class Packer:
     def rows(self, step: int, count: int, length: int) -> NDArray[np.uint16]:
         """(count, length + 1). Every row begins with a new document; the last one of a row may be cut off.
 
-        A document that is cut off begins the next row again, whole, so that no answer is asked for without its question.
+        A document that is cut off begins the next row again, whole: no answer is asked for without its question.
         """
         rng = random.Random(f"{self.seed}/{step}")
         table = np.empty((count, length + 1), dtype=np.uint16)

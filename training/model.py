@@ -1,7 +1,7 @@
 """The decoder as it is trained: transformers' LlamaForCausalLM in the fewest operations, with the same parameter names.
 
-`state_dict()` loads into `LlamaForCausalLM(config)` unchanged; `tests/models` holds the two against each other. It exists because
-training wants bfloat16 residuals over float32 weights, and each layer compiled once.
+`state_dict()` loads into `LlamaForCausalLM(config)` unchanged; `tests/models` holds the two against each other. It exists
+because training wants bfloat16 residuals over float32 weights, and each layer compiled once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 
 def llama_config(vocabulary: int, end: int, turn_end: int) -> LlamaConfig:
-    """5.8 million parameters, tied embeddings included. Every width divides by 128, as group-wise quantisation likes it."""
+    """5.8 million parameters, the tied embedding included. Widths divide by 128, for group-wise quantisation."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=256,

@@ -1,9 +1,10 @@
 """The questions that the bundled model answers: every one has an answer that can be computed.
 
-A task is a function from a random source to a `Problem`. Its `key` states the problem apart from its wording ("add 17 25"),
-and the key alone decides the split: one problem in `SPLIT` is held out, in *every* wording, so a model trained on
-`draw(task, rng)` has never seen a problem of `heldout(task, count, seed)`. Tasks with too few problems for that (the days of
-the week, multiplication tables, conversation) use the prompt's text as the key: there the wording is what is unseen.
+A task is a function from a random source to a `Problem`. Its `key` states the problem apart from its wording
+("add 17 25"), and the key alone decides the split: one problem in `SPLIT` is held out, in *every* wording, so a model
+trained on `draw(task, rng)` has never seen a problem of `heldout(task, count, seed)`. Tasks with too few problems for
+that (the days of the week, multiplication tables, conversation) use the prompt's text as the key: there the wording is
+what is unseen.
 
 Stand-alone on purpose (standard library only): anything that wants a yardstick may import it.
 """
@@ -54,8 +55,8 @@ SCOPE = "I can only answer small questions about numbers, words, lists and JSON.
 class Problem:
     """One question with its answer.
 
-    `history` holds earlier (user, assistant) turns. A `plain` prompt is continued as text, without the chat template. An
-    `endless` answer is only the beginning of what follows. `spelled` marks answers made of letters rather than of words.
+    `history` holds earlier (user, assistant) turns. A `plain` prompt is continued as text, without the chat template.
+    An `endless` answer is only the beginning of what follows. `spelled` marks answers made of letters, not words.
     """
 
     task: str
@@ -80,7 +81,7 @@ def is_heldout(key: str) -> bool:
 
 
 def check(problem: Problem, text: str) -> bool:
-    """Whether a generated `text` answers the problem: equal up to outer white space, or so beginning if it is endless."""
+    """Whether a generated `text` answers the problem: equal up to outer white space; an endless one begins so."""
     said = text.strip()
     return said.startswith(f"{problem.answer},") if problem.endless else said == problem.answer
 
@@ -95,7 +96,7 @@ def draw(task: str, rng: random.Random, held: bool = False) -> Problem:
 
 
 def heldout(task: str, count: int, seed: int = 0) -> list[Problem]:
-    """`count` problems of the task that no training run has seen; the same for the same seed. May repeat in small tasks."""
+    """`count` problems that no training run has seen, the same for the same seed; small tasks may repeat some."""
     rng = random.Random(f"{task}/{seed}")
     return [draw(task, rng, held=True) for _ in range(count)]
 
@@ -692,26 +693,31 @@ def calendar(rng: random.Random) -> Problem:
 
 TALK: dict[str, tuple[str, ...]] = {
     HELLO: (
-        "Hello", "Hi", "Hey", "Hello there", "Hi there", "Good morning", "Good afternoon", "Good evening", "Hello, Enginery",
-        "Hi, how are you", "Hello, can you help me", "Hey there", "Greetings", "Good day", "Hi, can you help me", "Howdy",
+        "Hello", "Hi", "Hey", "Hello there", "Hi there", "Good morning", "Good afternoon", "Good evening",
+        "Hello, Enginery", "Hi, how are you", "Hello, can you help me", "Hey there", "Greetings", "Good day",
+        "Hi, can you help me", "Howdy",
     ),
     WHO: (
-        "Who are you", "What are you", "What is your name", "What's your name", "Tell me who you are", "Who am I talking to",
-        "Who is this", "Are you a robot", "Are you a human", "Are you an AI", "Introduce yourself", "What model are you",
-        "Hello, who are you", "Hi, what is your name", "Which model is this", "Are you ChatGPT", "Please introduce yourself",
+        "Who are you", "What are you", "What is your name", "What's your name", "Tell me who you are",
+        "Who am I talking to", "Who is this", "Are you a robot", "Are you a human", "Are you an AI",
+        "Introduce yourself", "What model are you", "Hello, who are you", "Hi, what is your name",
+        "Which model is this", "Are you ChatGPT", "Please introduce yourself",
     ),
     ABILITIES: (
-        "What can you do", "How can you help me", "What are you good at", "What can I ask you", "Help", "What do you know",
-        "Tell me what you can do", "What questions can you answer", "What are you able to do", "Hello, what can you do",
-        "List your abilities", "What tasks can you do", "What should I ask you", "Show me what you can do", "help me",
+        "What can you do", "How can you help me", "What are you good at", "What can I ask you", "Help",
+        "What do you know", "Tell me what you can do", "What questions can you answer", "What are you able to do",
+        "Hello, what can you do", "List your abilities", "What tasks can you do", "What should I ask you",
+        "Show me what you can do", "help me",
     ),
     "You are welcome!": (
         "Thanks", "Thank you", "Thank you very much", "Many thanks", "Thanks a lot", "Great, thanks", "Okay, thank you",
-        "Thanks for your help", "Thank you so much", "Perfect, thank you", "Cool, thanks", "Nice, thank you", "ok thanks",
+        "Thanks for your help", "Thank you so much", "Perfect, thank you", "Cool, thanks", "Nice, thank you",
+        "ok thanks",
     ),
     "Goodbye!": (
         "Bye", "Goodbye", "See you", "See you later", "Good night", "Bye bye", "See you tomorrow", "That is all, bye",
-        "I have to go, bye", "Thanks, bye", "Have a nice day", "Farewell", "Okay, goodbye", "Bye for now", "exit", "quit",
+        "I have to go, bye", "Thanks, bye", "Have a nice day", "Farewell", "Okay, goodbye", "Bye for now", "exit",
+        "quit",
     ),
 }  # fmt: skip
 

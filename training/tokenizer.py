@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 END_OF_TEXT, TURN_START, TURN_END = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 1024
 
-# ", " is one piece, so that the items of a list are the same tokens wherever they stand; a digit is always alone, so that
-# arithmetic sees places and not arbitrary groups.
+# ", " is one piece, so that the items of a list are the same tokens wherever they stand; a digit is always alone, so
+# that arithmetic sees places and not arbitrary groups.
 PIECES = r", |\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
 
 CHAT_TEMPLATE = """\
