@@ -353,7 +353,9 @@ class Through(Pattern):
         if layer is None or layer.op._schema.name not in TRANSPARENT:
             return None
         source = layer._args[0]
-        if (source.shape != value.shape and not self.views) or (source.dtype != value.dtype and not self.casts):
+        if source.shape != value.shape and not (self.views and layer.op._schema.name != "aten::expand"):
+            return None
+        if source.dtype != value.dtype and not self.casts:
             return None
         return source
 
