@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from enginery import env
 from enginery.checkpoint.bounded_json import read_json
 from enginery.checkpoint.checkpoint import Checkpoint
 from enginery.checkpoint.tokenizer import Tokenizer
-from enginery.engine.artifact import is_engine
+from enginery.engine.artifact import is_engine, open_artifact
 from enginery.engine.builder import build as build_network
+from enginery.engine.builder import prepare
 from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
+from enginery.engine.manifest import Facts
+from enginery.engine.memory import MemoryPlan, plan_memory
+from enginery.engine.regions import outline
 from enginery.errors import RequestError, UsageError
-from enginery.frontends.huggingface import import_checkpoint
 from enginery.runtime.outputs import RequestOutput
 from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from enginery.runtime.session import Session, SessionConfig
 from enginery.runtime.stats import SessionStats
+
+if TYPE_CHECKING:
+    from enginery.frontends.huggingface import Imported
+    from enginery.network import Network
+    from enginery.rewriting.pipeline import PipelineReport
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "enginery-6m"
 CARRIED_FILES = (
@@ -36,6 +46,14 @@ Messages = Sequence[Mapping[str, Any]]
 Params = SamplingParams | BeamSearchParams
 Progress = Callable[[str, int, int], None]
 """stage, done, total (0: unknown)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An engine and the directory that has its tokenizer."""
+
+    engine: Engine
+    directory: Path
 
 
 def build(
@@ -59,15 +77,91 @@ def build(
     directory = Path(output) if output is not None else _cached(checkpoint, config)
     if output is None and is_engine(directory):
         return Engine.load(directory, config, progress=progress)
-    imported = import_checkpoint(checkpoint, dtype=config.dtype)
+    return _build(checkpoint, config, directory, progress)
+
+
+def open_model(
+    model: str | Path | None, config: BuildConfig, *, trust_engine_code: bool = False, progress: Progress | None = None
+) -> Opened:
+    """The engine of an engine directory, a checkpoint directory or a hub id, built if it has to be.
+
+    With the eager backend nothing is written: the weights of the checkpoint are bound in memory.
+    """
+    if model is not None and is_engine(Path(model)):
+        engine = Engine.load(Path(model), config, trust_engine_code=trust_engine_code, progress=progress)
+        return Opened(engine, Path(model))
+    if config.backend == "eager":
+        checkpoint = Checkpoint.open(BUNDLED_MODEL if model is None else model)
+        return Opened(_build(checkpoint, config, None, progress), checkpoint.directory)
+    engine = build(model, config=config, progress=progress)
+    return Opened(engine, Path(engine.directory or ""))
+
+
+def _build(checkpoint: Checkpoint, config: BuildConfig, directory: Path | None, progress: Progress | None) -> Engine:
+    if progress is not None:
+        progress("import", 0, 0)
+    imported = import_network(checkpoint, config)
     carried = [path for name in CARRIED_FILES if (path := checkpoint.directory / name).is_file()]
     return build_network(imported, checkpoint.read, config, directory, carry=carried, progress=progress)
 
 
-def _cached(checkpoint: Checkpoint, config: BuildConfig) -> Path:
-    from enginery import __version__
+def import_network(checkpoint: Checkpoint, config: BuildConfig) -> Imported:
+    """The network of a checkpoint as it is before any rule, and the facts of its model."""
+    from enginery.frontends.huggingface import import_checkpoint  # here: transformers takes seconds to import
 
-    key = json.dumps([__version__, checkpoint.digest(), config.cache_key()]).encode()
+    return import_checkpoint(checkpoint, dtype=config.torch_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What a model is and what an engine of it would need."""
+
+    format: str
+    facts: Facts
+    plan: MemoryPlan
+    regions: Mapping[str, int]
+    """name of each distinct region, and its layers"""
+    advice: str
+
+    def summary(self) -> dict[str, Any]:
+        """In JSON types."""
+        plan = self.plan
+        sizes = {name: getattr(plan, name) for name in ("available", "weights", "activations", "kv_cache", "total")}
+        parts = {"facts": dataclasses.asdict(self.facts), "limits": dataclasses.asdict(plan.limits), "bytes": sizes}
+        return {"format": self.format, **parts, "regions": dict(self.regions), "advice": self.advice}
+
+
+def inspect_model(model: str | Path | None = None, **settings: Any) -> Inspection:
+    """Inspects a checkpoint or an engine directory without reading a weight. `settings` are fields of `BuildConfig`."""
+    config = BuildConfig(**settings)
+    if model is not None and is_engine(Path(model)):
+        artifact = open_artifact(Path(model))
+        kind, network, facts, device = "engine", artifact.network, artifact.manifest.facts, artifact.manifest.device
+        advice = f"enginery run {model} PROMPT"
+    else:
+        checkpoint = Checkpoint.open(BUNDLED_MODEL if model is None else model)
+        prepared = prepare(import_network(checkpoint, config), config)
+        network, facts, device = prepared.parts.network, prepared.manifest.facts, prepared.manifest.device
+        kind = f"Hugging Face checkpoint, {len(checkpoint.tensors)} tensors, {checkpoint.nbytes:,} bytes"
+        advice = f"enginery build {checkpoint.directory} -o DIR"
+    regions = outline(network)
+    names = {region.name: len(region.network) for region in regions.distinct.values()}
+    return Inspection(kind, facts, plan_memory(network, regions, facts, config, device), names, advice)
+
+
+def rewritten_network(model: str | Path | None = None, **settings: Any) -> tuple[Network, PipelineReport]:
+    """The network of a checkpoint behind all phases, and what they did. No weight is read."""
+    config = BuildConfig(**settings)
+    imported = import_network(Checkpoint.open(BUNDLED_MODEL if model is None else model), config)
+    report = prepare(imported, config).phases
+    return imported.network, report
+
+
+def _cached(checkpoint: Checkpoint, config: BuildConfig) -> Path:
+    """Where the cache has the engine of this content: weights, configuration, the code of the caller's rules, our version."""
+    sources = [inspect.getsourcefile(type(rule)) for rule in config.rules]
+    rules = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sources if file is not None]
+    key = json.dumps([version("enginery"), checkpoint.digest(), config.cache_key(), rules]).encode()
     return env.cache_dir() / "engines" / f"{checkpoint.directory.name}-{hashlib.sha256(key).hexdigest()[:16]}"
 
 
@@ -122,16 +216,14 @@ class LLM:
             disabled_rules=tuple(disabled_rules),
             rules=tuple(rules),
         )
-        if model is not None and is_engine(Path(model)):
-            self.engine = Engine.load(Path(model), config, trust_engine_code=trust_engine_code, progress=progress)
-        else:
-            self.engine = build(model, config=config, progress=progress)
-        directory = self.engine.directory
-        self.tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").is_file() else None
+        opened = open_model(model, config, trust_engine_code=trust_engine_code, progress=progress)
+        self.engine = opened.engine
+        has_tokenizer = (opened.directory / "tokenizer.json").is_file()
+        self.tokenizer = Tokenizer.from_directory(opened.directory) if has_tokenizer else None
         eos = self.engine.facts.eos_token_ids
         session = SessionConfig(eos_token_ids=eos, prefix_caching=prefix_caching, seed=seed)
         self.session = Session(self.engine, self.tokenizer, session)
-        self.default_params = _default_params(directory)
+        self.default_params = _default_params(opened.directory)
 
     # Generating
 

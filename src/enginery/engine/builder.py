@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol
@@ -63,10 +64,8 @@ def build(
     report = progress or (lambda stage, done, total: None)
     device = config.resolved_device()
     report("rewrite", 0, 0)
-    phases = run_phases(source.network, _pipeline(config, device))
-    parts = split(source.network)
-    parts.network.verify()
-    manifest = _manifest(Facts.of(source.facts), config, device, phases)
+    prepared = prepare(source, config)
+    parts, manifest = prepared.parts, prepared.manifest
     regions = outline(parts.network)
     plan_memory(parts.network, regions, manifest.facts, config, device)  # fails before the work does
     TABLE.load(device)
@@ -89,6 +88,24 @@ def build(
     finally:
         compilation.close()
     return Engine.open(Artifact(Path(directory), manifest, parts.network), config, report)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An imported model behind all phases, before any weight is read."""
+
+    parts: Split
+    manifest: Manifest
+    phases: PipelineReport
+
+
+def prepare(source: Source, config: BuildConfig) -> Prepared:
+    """Rewrites the network in place and separates what is computed once from what runs in every step."""
+    device = config.resolved_device()
+    phases = run_phases(source.network, _pipeline(config, device))
+    parts = split(source.network)
+    parts.network.verify()
+    return Prepared(parts, _manifest(Facts.of(source.facts), config, device, phases), phases)
 
 
 def _pipeline(config: BuildConfig, device: str) -> PipelineConfig:
@@ -122,4 +139,4 @@ def _manifest(facts: Facts, config: BuildConfig, device: str, phases: PipelineRe
     return Manifest(facts, config.cache_key(), device, tuple(counts), versions)
 
 
-__all__ = ["Source", "build"]
+__all__ = ["Prepared", "Source", "build", "prepare"]
