@@ -6,7 +6,7 @@ something else are shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from enginery.network.layer import Layer, tensors_in
@@ -89,15 +89,15 @@ def _corresponds(left: Tensor, right: Tensor, old: Network, new: Network) -> boo
     """The same value, or one that took the place of a value that went."""
     if left.name == right.name:
         return True
-    return _owner(left) not in _names(new) or _owner(right) not in _names(old)
+    return not _has(new, _owner(left)) or not _has(old, _owner(right))
 
 
 def _owner(tensor: Tensor) -> str:
     return tensor.parent.name if tensor.parent is not None else tensor.name
 
 
-def _names(network: Network) -> Mapping[str, Any]:
-    return network._layers
+def _has(network: Network, name: str) -> bool:
+    return name in network._layers or name in network._inputs or name in network._constants
 
 
 def _literals(value: Any) -> Any:

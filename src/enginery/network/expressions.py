@@ -66,7 +66,7 @@ class Expressions:
         return positional, named
 
     def tensor(self, text: str) -> Tensor:
-        name = json.loads(text[1:]) if text.startswith('%"') else text[1:]
+        name = _string(text[1:]) if text.startswith('%"') else text[1:]
         tensor = self._tensors.get(name)
         if tensor is None:
             raise NetworkError(f"{text[:80]} is used before it is defined")

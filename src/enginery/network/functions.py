@@ -76,9 +76,15 @@ def is_value(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> Any:
-    """What of an argument the choice of an overload depends on."""
+    """What of an argument the choice of an overload depends on.
+
+    A class may declare its `argument_kind`: Number stands for any argument that is no tensor.
+    """
     if type(value) in _PLAIN:
         return type(value)
+    declared = getattr(type(value), "argument_kind", None)
+    if declared is not None:
+        return declared
     if isinstance(value, (tuple, list)):
         return (next((kind_of(item) for item in value if item is not None), None),)
     return torch.Tensor if is_value(value) else type(value)
@@ -188,6 +194,8 @@ def _cost(known: Signature, kinds: tuple, named: tuple, open_ended: bool) -> int
 def _fit(kind: Any, text: str) -> int | None:
     if kind is type(...):
         return 0
+    if kind is Number:
+        return 9 if "Tensor" in text else 0
     if text.startswith("Optional["):
         return 0 if kind is type(None) else _fit(kind, text[9:-1])
     if kind is torch.Tensor:
@@ -246,9 +254,11 @@ def _to(self: Any, *args: Any, **kwargs: Any) -> tuple:
     """Devices are not a network's concern: only the dtype of the conversion stays."""
     dtype = kwargs.get("dtype")
     for value in args:
-        if is_value(value) and not isinstance(value, torch.dtype):
-            return aten.type_as.default, (self, value), {}
-        if isinstance(value, torch.dtype):
+        if is_value(value):
+            dtype = getattr(value, "dtype", None)
+            if not isinstance(dtype, torch.dtype):
+                return aten.type_as.default, (self, value), {}
+        elif isinstance(value, torch.dtype):
             dtype = value
     if dtype is None and any(value is ... for value in args):
         dtype = ...

@@ -40,9 +40,19 @@ def import_module(
         with torch.no_grad():
             program = torch.export.export(module, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NetworkError(f"{type(module).__name__} cannot be exported: {line}") from error
+        raise NetworkError(f"{type(module).__name__} cannot be exported: {_explanation(error)}") from error
     import_program(network, program, dynamic_shapes, tied=_tied(module))
+
+
+def _explanation(error: Exception) -> str:
+    """What an error of torch.export says, as one line without its advice to debug torch."""
+    text = str(error).strip() or type(error).__name__
+    text = text.partition("The error above occurred")[0].replace(
+        'For more information, run with TORCH_LOGS="+dynamic".', ""
+    )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    several = "Constraints violated" in lines[0] if lines else False
+    return " ".join(lines)[:600] if several else lines[0] if lines else type(error).__name__
 
 
 def import_program(
@@ -167,10 +177,12 @@ class _Importer:
                 raise NetworkError(f"{node.name} computes with {value}, which is known at run time only")
         module_path = _module_path(node)
         with self.network.inserting_before(None, module_path=module_path):
+            if function._opname in _IDENTITIES:
+                return args[0]
             if signature(function).written and function.namespace == "aten":
                 return self.mutations.apply(self.network, function, args, kwargs, node.name)
             op, arguments = resolve(function, args, kwargs)
-            if op._opname in _IDENTITIES or (op is torch.ops.aten.dropout.default and not arguments[2]):
+            if op is torch.ops.aten.alias.default or (op is torch.ops.aten.dropout.default and not arguments[2]):
                 return arguments[0]
             layer = self.network.add_layer(op, arguments, types=self._types(node))
         self.mutations.note(layer)

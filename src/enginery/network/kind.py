@@ -66,7 +66,7 @@ _ATEN = {
     LayerKind.FULLY_CONNECTED: "linear addmm",
     LayerKind.ACTIVATION: "relu relu6 sigmoid tanh silu gelu leaky_relu elu selu celu mish softplus hardsigmoid "
     "hardswish hardtanh "
-    "clamp clamp_min clamp_max softsign log_sigmoid glu threshold",
+    "clamp clamp_min clamp_max log_sigmoid glu threshold",
     LayerKind.POOLING: "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d "
     "adaptive_max_pool2d",

@@ -110,7 +110,8 @@ def signature(op: Operator) -> Signature:
     return Signature(
         names=names,
         defaults=tuple(
-            freeze(argument.default_value) if argument.has_default_value() else REQUIRED for argument in arguments
+            _default(argument, text) if argument.has_default_value() else REQUIRED
+            for argument, text in zip(arguments, types, strict=True)
         ),
         types=types,
         keyword_only=frozenset(i for i, argument in enumerate(arguments) if argument.kwarg_only),
@@ -125,6 +126,16 @@ def signature(op: Operator) -> Signature:
         has_effects=bool(written) or random,
         index=MappingProxyType({name: i for i, name in enumerate(names)}),
     )
+
+
+def _default(argument: Any, text: str) -> Any:
+    """A default as a caller would write it; torch's schemas hold memory formats and dtypes as numbers."""
+    value = argument.default_value
+    if text == "MemoryFormat" and isinstance(value, int):
+        return (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)[value]
+    if text == "Optional[ScalarType]" and value == 4:
+        return torch.int64
+    return freeze(value)
 
 
 def _bundle(schema: Any) -> Callable[..., tuple] | None:

@@ -28,6 +28,8 @@ from enginery.network.shapes.sizes import (
 from enginery.network.tensor import Tensor
 
 _END = torch.iinfo(torch.int64).max
+_MAX_PARTS = 1 << 16
+"""outputs of one call: a network from a file may ask for any number"""
 
 
 def view(self: Tensor, size: tuple) -> Types:
@@ -186,8 +188,14 @@ def split(self: Tensor, size: Size, dim: int) -> Types:
     count = 1 if total == size else ceil_div(total, size) if isinstance(size, int) else Dim.apply("//", total, size)
     if not isinstance(count, int):
         raise NetworkError(f"the number of parts of size {size} of a dimension of size {total} is not known")
+    _require_few(count)
     sizes = [size] * (count - 1) + [total - size * (count - 1)] if count else [0]
     return tuple((replaced(self.shape, place, part), self.dtype) for part in sizes)
+
+
+def _require_few(count: Size) -> None:
+    if not isinstance(count, int) or count > _MAX_PARTS:
+        raise NetworkError(f"{count} parts are more than {_MAX_PARTS}")
 
 
 def split_with_sizes(self: Tensor, sizes: tuple, dim: int) -> Types:
@@ -202,8 +210,9 @@ def split_with_sizes(self: Tensor, sizes: tuple, dim: int) -> Types:
 def chunk(self: Tensor, chunks: int, dim: int) -> Types:
     place = axis(dim, len(self.shape))
     total = self.shape[place]
-    if isinstance(total, int):
-        return split(self, max(1, -(-total // chunks)), dim) if total else split_with_sizes(self, (0,) * chunks, dim)
+    if isinstance(total, int) and total:
+        return split(self, max(1, -(-total // chunks)), dim)
+    _require_few(chunks)
     part = total // chunks
     if part * chunks != total:
         raise NetworkError(f"a dimension of size {total} has no known {chunks} chunks")
@@ -215,6 +224,7 @@ def unbind(self: Tensor, dim: int) -> Types:
     count = self.shape[place]
     if not isinstance(count, int):
         raise NetworkError(f"a dimension of size {count} cannot be unbound")
+    _require_few(count)
     return ((replaced(self.shape, place), self.dtype),) * count
 
 
