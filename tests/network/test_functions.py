@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from enginery import ops
 from enginery.errors import NetworkError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim as ExportDim
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from enginery.errors import NetworkError
 from enginery.network import Dim, Network, Tensor

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from enginery import ops
 from enginery.errors import NetworkError
 from enginery.network import Dim, LayerKind, Network, Program, Tensor, find_operator
-from enginery.network.kind import WITHOUT_EQUIVALENT, _ATEN
+from enginery.network.kind import _ATEN, WITHOUT_EQUIVALENT
 
 from .strategies import inputs_for, networks
 
@@ -251,7 +251,7 @@ def test_a_program_runs_a_part_and_frees_what_nobody_reads() -> None:
 
 def test_effects_keep_their_order_in_a_run() -> None:
     network = Network()
-    T, cache = 3, (4, 1, 16, 8)  # noqa: N806
+    T, cache = 3, (4, 1, 16, 8)
     q = network.add_input("q", (T, 1, 8), torch.float32)
     pools = [network.add_input(name, cache, torch.float32) for name in ("k_cache", "v_cache")]
     slots = network.add_input("slots", (T,), torch.int64)
@@ -281,6 +281,6 @@ def test_the_registry_is_closed(name: str) -> None:
 def test_tensors_are_hashable_and_compare_by_identity() -> None:
     network = small()
     (x,) = network.inputs
-    assert x == x  # noqa: PLR0124
+    assert x == x
     assert isinstance(torch.eq(x, x), Tensor)
     assert {x: 1}[x] == 1

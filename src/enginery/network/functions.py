@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from numbers import Number
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
