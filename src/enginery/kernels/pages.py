@@ -1,8 +1,8 @@
 """Memory in huge pages for what every step streams through: weights and the KV pool.
 
-A read of a 4 KiB page costs a walk through the page table, in a virtual machine through two nested ones. Weights in pages of
-2 MiB are read up to three times as fast (26 → 74 GB/s with two threads on a 2-core EPYC guest), files that are
-mapped never lie in such pages. Hence: read weights into this memory instead of computing from a mapped file.
+A read of a 4 KiB page costs a walk through the page table, in a virtual machine through two nested ones. Weights in
+pages of 2 MiB are read up to three times as fast (26 → 74 GB/s with two threads on a 2-core EPYC guest), and mapped
+files never lie in such pages. Hence: read weights into this memory instead of computing from a mapped file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HUGE_PAGE = 2 << 20
 
 
 def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A CPU tensor of zeros that lies in huge pages as far as the system grants them (Linux; elsewhere an ordinary one).
+    """A CPU tensor of zeros, in huge pages as far as the system grants them (Linux; elsewhere in ordinary ones).
 
     Physical memory is taken when a page is first written. Small tensors gain nothing: allocate one large tensor and
     hand out slices of it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -97,11 +98,39 @@ def _load_cpp(report: Report | None) -> None:
 CPP = Candidate(
     name=lambda: f"C++ {instruction_set(cpu_flags())}",
     device="cpu",
-    ops=frozenset(op.name for op in OPS),
+    ops=frozenset(
+        {"attention", "expert_linear", "pack_linear", "packed_embedding", "packed_linear", "paged_attention"}
+    ),
     unavailable=compiling.missing_compiler,
     load=_load_cpp,
 )
 
-TABLE = KernelTable((CPP,))
 
-__all__ = ["CPP", "TABLE", "Candidate", "KernelTable", "Report", "Row", "huge_empty"]
+def _missing_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"compute capability {major}.{minor}, the kernels need 8.0"
+
+
+def _load_triton(_: Report | None) -> None:
+    try:
+        from enginery.kernels.triton.register import register
+    except ImportError as error:
+        raise BuildError(f"Triton does not load: {error}", "Install the triton of this torch") from None
+    register()
+
+
+TRITON = Candidate(
+    name=lambda: "Triton",
+    device="cuda",
+    ops=frozenset({"paged_attention"}),
+    unavailable=_missing_gpu,
+    load=_load_triton,
+)
+
+TABLE = KernelTable((CPP, TRITON))
+
+__all__ = ["CPP", "TABLE", "TRITON", "Candidate", "KernelTable", "Report", "Row", "huge_empty"]
