@@ -195,7 +195,7 @@ def test_mutated_texts_never_raise_anything_else() -> None:
     for _ in range(600):
         place = rng.randrange(len(text))
         kind = rng.random()
-        junk = rng.choice(list('[]()%,=@#"\\ \n*-/0xn.') + ["//", "min(", "1e999", "<-", "None", "\x00", "é"])
+        junk = rng.choice([*'[]()%,=@#"\\ \n*-/0xn.', "//", "min(", "1e999", "<-", "None", "\x00", "é"])
         changed = (
             text[:place] + junk + text[place + (kind < 0.5) :]
             if kind < 0.8

@@ -164,14 +164,83 @@ def _dim_choice(s: Samples) -> tuple:
 
 
 CASES: list[Case] = [
-    *[(name, _unary) for name in ["abs", "neg", "bitwise_not", "exp", "rsqrt", "sigmoid", "cos", "square", "sign", "isnan",
-      "logical_not", "clone", "relu", "alias", "reciprocal", "erf", "sum", "any", "all", "numpy_T", "zeros_like",
-      "ones_like", "empty_like", "max", "squeeze", "argmax", "floor", "log", "tanh"]],
-    *[(name, _float_unary) for name in ["silu", "gelu", "mean", "softplus", "leaky_relu", "var", "std", "hardswish", "mish"]],
-    *[(name, _binary) for name in ["add", "sub", "mul", "div", "maximum", "eq", "lt", "pow", "remainder", "bitwise_and",
-      "logical_and", "floor_divide", "fmod", "bitwise_or", "ge"]],
-    *[(name, _with_number) for name in ["add", "sub", "mul", "div", "eq", "gt", "pow", "remainder", "bitwise_and", "floor_divide",
-      "clamp_min", "full_like", "rsub", "fmod"]],
+    *[
+        (name, _unary)
+        for name in [
+            "abs",
+            "neg",
+            "bitwise_not",
+            "exp",
+            "rsqrt",
+            "sigmoid",
+            "cos",
+            "square",
+            "sign",
+            "isnan",
+            "logical_not",
+            "clone",
+            "relu",
+            "alias",
+            "reciprocal",
+            "erf",
+            "sum",
+            "any",
+            "all",
+            "numpy_T",
+            "zeros_like",
+            "ones_like",
+            "empty_like",
+            "max",
+            "squeeze",
+            "argmax",
+            "floor",
+            "log",
+            "tanh",
+        ]
+    ],
+    *[
+        (name, _float_unary)
+        for name in ["silu", "gelu", "mean", "softplus", "leaky_relu", "var", "std", "hardswish", "mish"]
+    ],
+    *[
+        (name, _binary)
+        for name in [
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "maximum",
+            "eq",
+            "lt",
+            "pow",
+            "remainder",
+            "bitwise_and",
+            "logical_and",
+            "floor_divide",
+            "fmod",
+            "bitwise_or",
+            "ge",
+        ]
+    ],
+    *[
+        (name, _with_number)
+        for name in [
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "eq",
+            "gt",
+            "pow",
+            "remainder",
+            "bitwise_and",
+            "floor_divide",
+            "clamp_min",
+            "full_like",
+            "rsub",
+            "fmod",
+        ]
+    ],
     ("pow", lambda s: (s.number(), s.tensor())),
     ("div", lambda s: (*_binary(s), {"rounding_mode": s.random.choice(["floor", "trunc"])})),
     ("clamp", lambda s: (s.tensor(), s.number(), s.number())),
@@ -190,15 +259,37 @@ CASES: list[Case] = [
     ("topk", lambda s: (s.tensor((s.size(), 6), FLOATS), 2)),
     ("matmul", _matmul),
     ("linear", _linear),
-    ("mm", lambda s: (lambda k: (s.tensor((s.size(), k), [torch.float32]), s.tensor((k, 3), [torch.float32])))(s.size())),
-    ("bmm", lambda s: (lambda b, k: (s.tensor((b, 2, k), FLOATS[:1]), s.tensor((b, k, 3), FLOATS[:1])))(s.size(), s.size())),
-    ("addmm", lambda s: (lambda k: (s.tensor((3,), FLOATS[:1]), s.tensor((s.size(), k), FLOATS[:1]),
-                                    s.tensor((k, 3), FLOATS[:1])))(s.size())),
+    (
+        "mm",
+        lambda s: (lambda k: (s.tensor((s.size(), k), [torch.float32]), s.tensor((k, 3), [torch.float32])))(s.size()),
+    ),
+    (
+        "bmm",
+        lambda s: (lambda b, k: (s.tensor((b, 2, k), FLOATS[:1]), s.tensor((b, k, 3), FLOATS[:1])))(s.size(), s.size()),
+    ),
+    (
+        "addmm",
+        lambda s: (
+            lambda k: (s.tensor((3,), FLOATS[:1]), s.tensor((s.size(), k), FLOATS[:1]), s.tensor((k, 3), FLOATS[:1]))
+        )(s.size()),
+    ),
     ("outer", lambda s: (s.tensor((s.size(),)), s.tensor((s.size(),)))),
-    ("einsum", lambda s: (lambda k: ("abk,ck->abc", [s.tensor((2, s.size(), k), FLOATS[:1]),
-                                                     s.tensor((3, k), FLOATS[:1])]))(s.size())),
-    ("scaled_dot_product_attention", lambda s: (lambda q, k: (s.tensor((1, 4, q, 8), FLOATS[:1]), s.tensor((1, 4, k, 8), FLOATS[:1]),
-                                                              s.tensor((1, 4, k, 6), FLOATS[:1])))(s.size(), s.size())),
+    (
+        "einsum",
+        lambda s: (lambda k: ("abk,ck->abc", [s.tensor((2, s.size(), k), FLOATS[:1]), s.tensor((3, k), FLOATS[:1])]))(
+            s.size()
+        ),
+    ),
+    (
+        "scaled_dot_product_attention",
+        lambda s: (
+            lambda q, k: (
+                s.tensor((1, 4, q, 8), FLOATS[:1]),
+                s.tensor((1, 4, k, 8), FLOATS[:1]),
+                s.tensor((1, 4, k, 6), FLOATS[:1]),
+            )
+        )(s.size(), s.size()),
+    ),
     ("view", _reshape),
     ("reshape", _reshape),
     ("transpose", _dim_choice),
@@ -221,7 +312,10 @@ CASES: list[Case] = [
     ("unbind", lambda s: (s.tensor((3, s.size())), 0)),
     ("cat", _cat),
     ("stack", lambda s: (lambda x: ([x, s.tensor(x.shape)], s.random.randint(-x.rank - 1, x.rank)))(s.tensor())),
-    ("flatten", lambda s: (s.tensor((s.size(), s.size(), s.size())), *s.random.choice([(0, -1), (1, 2), (0, 1), (-2, -1)]))),
+    (
+        "flatten",
+        lambda s: (s.tensor((s.size(), s.size(), s.size())), *s.random.choice([(0, -1), (1, 2), (0, 1), (-2, -1)])),
+    ),
     ("unflatten", lambda s: (s.tensor((s.size(), 6)), -1, s.random.choice([[2, 3], [-1, 2], [2, -1]]))),
     ("movedim", lambda s: (s.tensor((2, s.size(), 4)), *s.random.choice([(0, -1), (2, 0), (1, 1)]))),
     ("flip", lambda s: (s.tensor(low=1), [0])),
@@ -232,7 +326,10 @@ CASES: list[Case] = [
     ("gather", lambda s: (lambda i: (s.tensor((9, 9)), 1, s.tensor(i, [torch.int64])))((3, 4))),
     ("index", _index),
     ("one_hot", lambda s: (s.tensor(dtypes=[torch.int64]), 5)),
-    ("index_put", lambda s: (s.tensor((4, 3), FLOATS[:1]), [s.tensor((2,), [torch.int64])], s.tensor((2, 3), FLOATS[:1]))),
+    (
+        "index_put",
+        lambda s: (s.tensor((4, 3), FLOATS[:1]), [s.tensor((2,), [torch.int64])], s.tensor((2, 3), FLOATS[:1])),
+    ),
     ("slice_scatter", lambda s: (s.tensor((6, 3), FLOATS[:1]), s.tensor((2, 3), FLOATS[:1]), 0, 1, 3)),
     ("to", lambda s: (s.tensor(), s.random.choice(DTYPES))),
     ("type_as", lambda s: (s.tensor(), s.tensor())),
@@ -246,7 +343,7 @@ CASES: list[Case] = [
     ("native_layer_norm", lambda s: (s.tensor((s.size(), s.size(), 4), FLOATS[:1]), [4], None, None, 1e-5)),
     ("rms_norm", lambda s: (s.tensor((s.size(), 4), FLOATS), [4])),
     ("lerp", lambda s: (lambda x: (x, s.like(x, [x.dtype]), s.like(x, [x.dtype])))(s.tensor(dtypes=FLOATS))),
-]  # fmt: skip
+]
 
 
 def sample(case: Case, seed: int) -> tuple[Any, tuple]:
