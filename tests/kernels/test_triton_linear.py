@@ -21,7 +21,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 16])
-@pytest.mark.parametrize("features, depth", [(24, 128), (37, 80)], ids=["even", "ragged"])
+@pytest.mark.parametrize(("features", "depth"), [(24, 128), (37, 80)], ids=["even", "ragged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product(tiles: kernels.Tiles, rows: int, features: int, depth: int, dtype: torch.dtype) -> None:
     input = torch.randn(rows, depth, device=DEVICE).to(dtype)

@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @contextmanager
 def kernels_for_device() -> Iterator[None]:
-    """Import kernels inside: without a GPU, they are decorated for the interpreter. The environment is as before afterwards."""
+    """Import kernels inside: without a GPU, they are made for the interpreter. The environment stays as it was."""
     if DEVICE.type == "cuda":
         yield
         return
@@ -35,7 +35,7 @@ def kernels_for_device() -> Iterator[None]:
 
 def _interpret_library() -> None:
     """Makes Triton's own functions (`tl.sum`, ...) interpretable, whoever imported Triton before."""
-    import triton.experimental.gluon  # the interpreter imports it at the first call otherwise, with the environment gone
+    import triton.experimental.gluon  # noqa: F401  imported at the first call otherwise, when the environment is restored
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
@@ -51,7 +51,7 @@ def _interpret_library() -> None:
 
 
 def _mend(interpreter) -> None:
-    """NumPy 2.4 no longer turns `[1]` arrays into indices, and the interpreter multiplies bfloat16 matrices as if integers."""
+    """NumPy 2.4 takes no `[1]` array for an index, and the interpreter multiplies bfloat16 matrices as if integers."""
     patch_tensor = interpreter._patch_lang_tensor
     create_dot = interpreter.InterpreterBuilder.create_dot
 

@@ -1,8 +1,8 @@
-"""Linear layers of 1 to 16 rows on NVIDIA GPUs: one pass over the weight at the memory's rate (decoding reads every weight once).
+"""Linear layers of 1 to 16 rows on NVIDIA GPUs: one pass over the weight at the memory's rate, for decoding.
 
-Two kernels. *Rows* keeps products in registers and suits one to four rows; *tiles* gives each block of weights to the tensor
-cores as the left operand, with the input padded to 16 columns. A result depends on its own row and the kernel's tiles only,
-never on the other rows. Weights may be float8 (e4m3) with a scale per output feature or per tensor; the input keeps its dtype.
+Two kernels. *Rows* keeps products in registers and suits one to four rows; *tiles* gives blocks of weights to the
+tensor cores as the left operand, with the input padded to 16 columns. A result depends on its own row and on the tiles,
+never on the other rows. Weights may be float8 (e4m3) with a scale per output feature or per tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_ROWS = 16
 """Above this, matrix products are no longer bound by the weight's bytes alone and cuBLAS takes over."""
@@ -32,43 +31,36 @@ def finish(output, sums, scale, bias, features, columns, SCALES: tl.constexpr, H
 
 
 @triton.jit
-def await_input(weights, features_first, DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
-    """Waits for the kernel before this one, whose output may be the input; meanwhile AHEAD columns of weights go to the L2."""
-    if AHEAD > 0:
-        lines = tl.arange(0, AHEAD // 64) * 64
-        pointers = weights + features_first[:, None] + lines[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-        )
-    gdc_wait()
-    gdc_launch_dependents()
+def load_depths(
+    pointer, starts, depth, inside, SOME: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """`[rows, BLOCK_K]`: what lies at `depth` in the rows at `starts`; with SOME, rows not `inside` are zero."""
+    pointers = pointer + starts[:, None] + depth[None, :]
+    if DEPTH % BLOCK_K != 0:
+        if SOME:
+            return tl.load(pointers, inside[:, None] & (depth < DEPTH)[None, :], other=0.0)
+        return tl.load(pointers, (depth < DEPTH)[None, :], other=0.0)
+    if SOME:
+        return tl.load(pointers, inside[:, None], other=0.0)
+    return tl.load(pointers)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_rows(
     input, weight, scale, bias, output, rows, features, input_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
+    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_N output features: products in float32 registers, summed over the depth once, at the end."""
+    """One program per BLOCK_N output features: products in float32 registers, summed over the depth at the end."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Features past the end repeat the last one; they are not stored.
     source = tl.minimum(columns, features - 1).to(tl.int64) * DEPTH
     row = tl.arange(0, ROWS)
-    if OVERLAP:
-        await_input(weight, source, DEPTH, BLOCK_N, AHEAD)
     sums = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         depth = first + tl.arange(0, BLOCK_K)
-        if DEPTH % BLOCK_K == 0:
-            weights = tl.load(weight + source[:, None] + depth[None, :])
-            inputs = tl.load(input + row[:, None] * input_stride + depth[None, :], (row < rows)[:, None], other=0.0)
-        else:
-            inside = depth < DEPTH
-            weights = tl.load(weight + source[:, None] + depth[None, :], inside[None, :], other=0.0)
-            inputs = tl.load(
-                input + row[:, None] * input_stride + depth[None, :], (row < rows)[:, None] & inside[None, :], other=0.0
-            )
+        weights = load_depths(weight, source, depth, row < rows, False, DEPTH, BLOCK_K)
+        inputs = load_depths(input, row * input_stride, depth, row < rows, True, DEPTH, BLOCK_K)
         sums += weights.to(tl.float32)[None, :, :] * inputs.to(tl.float32)[:, None, :]
     result = finish(output, tl.sum(sums, 2), scale, bias, features, columns, SCALES, HAS_BIAS)
     place = row[:, None].to(tl.int64) * features + columns[None, :]
@@ -80,26 +72,16 @@ def linear_tiles(
     input, weight, scale, bias, output, rows, features, input_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_N output features: (weights · inputsᵀ)ᵀ, so that the long side of the tile is the weight's."""
+    """One program per BLOCK_N output features: (weights · inputsᵀ)ᵀ, the weights on the long side of the tile."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = tl.minimum(columns, features - 1).to(tl.int64) * DEPTH
     row = tl.arange(0, ROWS)
-    if OVERLAP:
-        await_input(weight, source, DEPTH, BLOCK_N, AHEAD)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         depth = first + tl.arange(0, BLOCK_K)
-        if DEPTH % BLOCK_K == 0:
-            weights = tl.load(weight + source[:, None] + depth[None, :])
-            inputs = tl.load(input + row[:, None] * input_stride + depth[None, :], (row < rows)[:, None], other=0.0)
-        else:
-            inside = depth < DEPTH
-            weights = tl.load(weight + source[:, None] + depth[None, :], inside[None, :], other=0.0)
-            inputs = tl.load(
-                input + row[:, None] * input_stride + depth[None, :], (row < rows)[:, None] & inside[None, :], other=0.0
-            )
+        weights = load_depths(weight, source, depth, row < rows, False, DEPTH, BLOCK_K)
+        inputs = load_depths(input, row * input_stride, depth, row < rows, True, DEPTH, BLOCK_K)
         sums = tl.dot(weights.to(inputs.dtype), tl.trans(inputs), sums, input_precision=PRECISION)
     result = finish(output, tl.trans(sums), scale, bias, features, columns, SCALES, HAS_BIAS)
     place = row[:, None].to(tl.int64) * features + columns[None, :]
@@ -115,26 +97,20 @@ class Tiles:
     block_k: int
     num_warps: int
     num_stages: int
-    overlap: bool = False
-    """Start while the kernel before still runs (programmatic dependent launch, from compute capability 9.0)."""
-    ahead: int = 0
-    """Columns of its weights that a program fetches into the L2 while it waits."""
 
 
-FALLBACK = Tiles("tiles", 64, 128, 4, 6)
+def choose_tiles(rows: int, features: int, itemsize: int = 2) -> Tiles:
+    """The fastest tiles found on an H200 (`benchmarks/gpu_kernels.py --tune`). `itemsize`: bytes of a weight.
 
-
-def choose_tiles(rows: int, features: int, depth: int, itemsize: int) -> Tiles:
-    """Measured choices by shape class; `benchmarks/gpu_kernels.py --tune` prints them again."""
+    A program of 64 features streams its weights through stages of 16 KiB. The fewer programs there are for a
+    multiprocessor, the more stages each needs to keep the memory busy. float8 weights are bound by their conversion.
+    """
+    if itemsize == 1:
+        return Tiles("rows", 8, 512, 4, 4) if rows == 1 else Tiles("tiles", 64, 128, 4, 8)
     if rows == 1 and features <= 4096:
-        return Tiles("rows", 8, 512, 4, 3)
-    if features > 65536:
-        return Tiles("tiles", 32, 128, 2, 6)
-    if features > 16384:
-        return Tiles("tiles", 64, 128, 4, 4)
-    if depth > 8192:
-        return Tiles("tiles", 32, 256, 4, 5)
-    return FALLBACK
+        return Tiles("rows", 8, 1024 // itemsize, 4, 3)
+    stages = 8 if features <= 4096 else 6 if features <= 8192 else 4
+    return Tiles("tiles", 64, 256 // itemsize, 4, stages)
 
 
 def skinny_linear(
@@ -144,15 +120,15 @@ def skinny_linear(
     scale: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """input `[M, K]`, M ≤ 16; weight `[N, K]` contiguous, of the input's dtype or float8_e4m3fn with scale `[1]` or `[N]` float32.
+    """input `[M, K]`, M ≤ 16; weight `[N, K]` -> input · (weight · scale)ᵀ + bias `[N]`, `[M, N]`, summed in float32.
 
-    Returns `[M, N]`: input · (weight · scale)ᵀ + bias, summed in float32.
+    The weight is contiguous and of the input's dtype, or float8_e4m3fn with a float32 scale `[1]` or `[N]`.
     """
     rows, depth = input.shape
     features = weight.shape[0]
     input = input if input.stride(1) == 1 else input.contiguous()
     output = input.new_empty(rows, features)
-    tiles = tiles or choose_tiles(rows, features, depth, weight.element_size())
+    tiles = tiles or choose_tiles(rows, features, weight.element_size())
     common = {
         "DEPTH": depth,
         "BLOCK_N": tiles.block_n,
@@ -160,9 +136,6 @@ def skinny_linear(
         "STAGES": tiles.num_stages,
         "SCALES": 0 if scale is None else scale.numel(),
         "HAS_BIAS": bias is not None,
-        "OVERLAP": tiles.overlap,
-        "AHEAD": tiles.ahead,
-        "launch_pdl": tiles.overlap,
         "num_warps": tiles.num_warps,
     }
     # A kernel needs a pointer where there is no scale or bias, too; it is never followed.
@@ -178,8 +151,9 @@ def skinny_linear(
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear` for any leading shape; few rows go to the kernels of this file, others to cuBLAS."""
+    """`torch.nn.functional.linear` for any leading shape; few rows of 16 bits go to our kernels, others to cuBLAS."""
     rows = input.numel() // input.shape[-1] if input.shape[-1] else 0
-    if not 0 < rows <= MAX_ROWS or not weight.is_contiguous():
+    skinny = 0 < rows <= MAX_ROWS and input.element_size() == 2 and input.dtype == weight.dtype
+    if not skinny or not weight.is_contiguous():
         return torch.nn.functional.linear(input, weight, bias)
     return skinny_linear(input.reshape(rows, -1), weight, bias).view(*input.shape[:-1], -1)

@@ -1,8 +1,9 @@
-"""The inner part of attention on a GPU: a tile of queries against paged keys, with a running softmax.
+"""The inner part of attention on a GPU: a tile of queries against keys, with a running softmax.
 
-A tile holds BLOCK_M rows; row r is query head `r % GROUPS` of the kv head's group at token `r // GROUPS`, so that the heads
-that share keys fill the rows of one matrix product (grouped heads packed). The state of a row is (maximum, total, sums):
-the largest score so far in units of log2, Σ 2^(s − maximum), and Σ 2^(s − maximum)·v (Milakov & Gimelshein 2018; Dao 2022).
+A tile holds BLOCK_M rows; row r is query head `r % GROUPS` of the kv head's group at token `r // GROUPS`, so that the
+heads that share keys fill the rows of one matrix product (grouped heads packed). The state of a row is (sums, maximum,
+total): Σ 2^(s − maximum)·v, the largest score so far in units of log2, and Σ 2^(s − maximum) (Milakov & Gimelshein,
+"Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ EMPTY = tl.constexpr(-1.0e30)
 
 @triton.jit
 def load_rows(pointer, offsets, columns, inside, ROW: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of ROW elements at `pointer + offsets`, padded with zeros to PADDED columns; rows that are not `inside` are zero."""
+    """Rows of ROW elements at `pointer + offsets`, padded with zeros to PADDED columns; those not `inside` are zero."""
     pointers = pointer + offsets[:, None] + columns[None, :]
     if MASKED:
         if ROW == PADDED:
@@ -61,12 +62,12 @@ def attend_tiles(
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys start..stop (in steps of BLOCK_N) into the state of the tile; `positions` count from the same origin.
+    """Takes the keys start..stop, BLOCK_N at a time, into the tile's state; `positions` count from the same origin.
 
-    PAGED: `keys` and `values` point at this kv head's rows of block 0 and the strides are those between blocks; otherwise
-    the keys lie one after another with a stride each. With MASKED, only keys in [lowest, highest) are read (what lies beyond
-    may be anything, NaN too) and each row sees those at or before its position and inside its window. Without, every key
-    of the range must be visible to every row.
+    PAGED: `keys` and `values` point at this kv head's rows of block 0 and the strides are between blocks; otherwise the
+    keys lie one after another with a stride each. With MASKED, only keys in [lowest, highest) are read (what lies
+    beyond may be anything, NaN too) and each row sees those at or before its position and inside its window. Without,
+    every key of the range must be visible to every row.
     """
     factor = exponent_scale(scale, HAS_SOFTCAP, HAS_ALIBI)
     key_columns = tl.arange(0, PADDED_DK)
@@ -127,18 +128,18 @@ def attend_range(
         clear_low = tl.minimum(tl.maximum(low, edge), clear_high)
         sums, maximum, total = attend_tiles(
             sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
-            low, clear_low, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED,
-            True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+            low, clear_low, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+            PAGED, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
     sums, maximum, total = attend_tiles(
         sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
-        clear_low, clear_high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED,
-        False, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        clear_low, clear_high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+        PAGED, False, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
     )  # fmt: skip
     return attend_tiles(
         sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
-        clear_high, high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED,
-        True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        clear_high, high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+        PAGED, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
     )  # fmt: skip
 
 

@@ -1,0 +1,272 @@
+"""The kernels of paged attention on NVIDIA GPUs; `paged_attention.py` says which run when, and on what grid."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E, attend_one, attend_range, attend_tiles, load_rows
+
+BATCH_SIZES = ["num_sequences", "partial_rows", "table_stride"]
+"""Arguments that change from step to step: compiling for their divisibility would stall a server."""
+
+
+@triton.jit
+def store_rows(pointer, offsets, columns, data, inside, ROW: tl.constexpr):
+    """Writes the first ROW columns of the rows that are `inside`."""
+    tl.store(pointer + offsets[:, None] + columns[None, :], data, mask=inside[:, None] & (columns < ROW)[None, :])
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def write_cache(
+    key, value, key_cache, value_cache, slot_mapping, query_start, output, num_sequences,
+    key_stride, value_stride, key_block_stride, value_block_stride,
+    KV_HEADS: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED_HEADS: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, PADDED_OUTPUT: tl.constexpr,
+):  # fmt: skip
+    """One program per token: its keys and values go to its slot; the output of a token of no sequence becomes zero."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    if slot >= 0:
+        block, within = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        heads = tl.arange(0, PADDED_HEADS)
+        inside = heads < KV_HEADS
+        columns = tl.arange(0, PADDED_DK)
+        data = load_rows(key + token * key_stride, heads * DK, columns, inside, DK, PADDED_DK, True)
+        target = key_cache + block * key_block_stride + within * DK
+        store_rows(target, heads * BLOCK_SIZE * DK, columns, data, inside, DK)
+        columns = tl.arange(0, PADDED_DV)
+        data = load_rows(value + token * value_stride, heads * DV, columns, inside, DV, PADDED_DV, True)
+        target = value_cache + block * value_block_stride + within * DV
+        store_rows(target, heads * BLOCK_SIZE * DV, columns, data, inside, DV)
+    if token >= tl.load(query_start + num_sequences):
+        columns = tl.arange(0, PADDED_OUTPUT)
+        tl.store(
+            output + token * HEADS * DV + columns,
+            tl.zeros([PADDED_OUTPUT], output.dtype.element_ty),
+            columns < HEADS * DV,
+        )
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def attend_short(
+    query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes,
+    output, partial_sums, partial_stats, num_sequences, partial_rows,
+    query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride,
+    scale, window, softcap,
+    GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, DECODE: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """One program per kv head, sequence and split. The last split, which has the fewest keys, also takes the new ones.
+
+    With one split the result goes to `output`; otherwise the state of every row goes to `partial_sums
+    [SPLITS, rows, Hq, DV]` and `partial_stats [2, SPLITS, rows, Hq]` (maximum, total), where a row is a token (DECODE)
+    or sequence · BLOCK_Q + i.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
+    HEADS: tl.constexpr = KV_HEADS * GROUPS
+    if OVERLAP:
+        gdc_wait()
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    split = tl.program_id(2)
+    begin = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1)
+    context = tl.load(seq_lens + sequence) - (end - begin)
+
+    rows = tl.arange(0, BLOCK_M)
+    local_token = rows // GROUPS
+    head = kv_head * GROUPS + rows % GROUPS
+    key_columns = tl.arange(0, PADDED_DK)
+    value_columns = tl.arange(0, PADDED_DV)
+    slopes = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_ALIBI:
+        slopes = tl.load(alibi_slopes + head).to(tl.float32)
+    keys = key_cache + kv_head * BLOCK_SIZE * DK
+    values = value_cache + kv_head * BLOCK_SIZE * DV
+    new_keys = key + kv_head * DK + key_columns
+    new_values = value + kv_head * DV + value_columns
+    in_key, in_value = key_columns < DK, value_columns < DV
+    table = block_tables + sequence.to(tl.int64) * table_stride
+    owners = tl.load(query_start + num_sequences)
+    stop = end
+    if not DECODE and end - begin > BLOCK_Q:
+        stop = begin
+
+    for first in range(begin, stop, BLOCK_Q):
+        token = (first + local_token).to(tl.int64)
+        owned = (local_token < BLOCK_Q) & (token < end)
+        positions = context + (first - begin) + local_token
+        tile = load_rows(query, token * query_stride + head * DK, key_columns, owned, DK, PADDED_DK, True)
+        sums = tl.zeros([BLOCK_M, PADDED_DV], tl.float32)
+        maximum = tl.full([BLOCK_M], EMPTY, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        lowest = 0
+        if HAS_WINDOW:
+            lowest = tl.maximum(context + (first - begin) - window + 1, 0)
+
+        if HAS_SINKS and split == SPLITS - 1:
+            maximum = tl.load(sinks + head).to(tl.float32) * LOG2_E
+            total += 1.0
+        # Asked for before the cached keys and used after them, so that nobody waits.
+        source = begin.to(tl.int64)
+        new_key = tl.load(new_keys + source * key_stride, in_key, other=0.0)
+        new_value = tl.load(new_values + source * value_stride, in_value, other=0.0)
+
+        first_block = lowest // BLOCK_N
+        blocks = tl.cdiv(context, BLOCK_N) - first_block
+        share = tl.cdiv(blocks, SPLITS)
+        low = (first_block + split * share) * BLOCK_N
+        high = tl.minimum(low + share * BLOCK_N, context)
+        # Masked throughout: a second loop for the ragged end would pay for filling its pipeline again.
+        sums, maximum, total = attend_tiles(
+            sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
+            low, high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+            True, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        )  # fmt: skip
+
+        if OVERLAP:
+            gdc_launch_dependents()
+        if split == SPLITS - 1:
+            for age in range(tl.minimum(first + BLOCK_Q, end) - begin):
+                source = (begin + age).to(tl.int64)
+                if DECODE:
+                    slot = tl.load(slot_mapping + source).to(tl.int64)
+                    block, within = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+                    tl.store(keys + block * key_block_stride + within * DK + key_columns, new_key, in_key & (slot >= 0))
+                    place = values + block * value_block_stride + within * DV + value_columns
+                    tl.store(place, new_value, in_value & (slot >= 0))
+                sums, maximum, total = attend_one(
+                    sums, maximum, total, tile, positions, slopes, new_key, new_value, context + age,
+                    scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+                )  # fmt: skip
+                more = source + 1 < end
+                new_key = tl.load(new_keys + (source + 1) * key_stride, in_key & more, other=0.0)
+                new_value = tl.load(new_values + (source + 1) * value_stride, in_value & more, other=0.0)
+
+        if SPLITS == 1:
+            result = (sums / total[:, None]).to(output.dtype.element_ty)
+            store_rows(output, (token * HEADS + head) * DV, value_columns, result, owned, DV)
+        else:
+            row = token
+            if not DECODE:
+                row = sequence.to(tl.int64) * BLOCK_Q + local_token
+            place = (split * partial_rows + row) * HEADS + head
+            tl.store(partial_stats + place, maximum, owned)
+            tl.store(partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS + place, total, owned)
+            # A split without keys leaves its sums unwritten; a total of zero says so.
+            store_rows(partial_sums, place * DV, value_columns, sums, owned & (total > 0.0), DV)
+
+    # Row `sequence` belongs to nobody if the batch is padded: the padding's output is zero.
+    if DECODE and (split == 0) & (sequence >= owners):
+        blank = tl.zeros([BLOCK_M, PADDED_DV], output.dtype.element_ty)
+        offsets = sequence.to(tl.int64) * HEADS * DV + head * DV
+        store_rows(output, offsets, value_columns, blank, local_token == 0, DV)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def merge_splits(
+    partial_sums, partial_stats, query_start, output, num_sequences, partial_rows,
+    HEADS: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, DECODE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program per query head and row: output = Σ 2^(m_i − m)·sums_i / Σ 2^(m_i − m)·total_i over the splits i."""
+    if OVERLAP:
+        gdc_wait()
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    if DECODE:
+        token = row
+        owned = token < tl.load(query_start + num_sequences)
+    else:
+        begin = tl.load(query_start + row // BLOCK_Q)
+        count = tl.load(query_start + row // BLOCK_Q + 1) - begin
+        token = begin + row % BLOCK_Q
+        owned = (row % BLOCK_Q < count) & (count <= BLOCK_Q)
+    # Everything is asked for at once; the rows of nobody, and of splits without keys, hold nothing that is used.
+    splits = tl.arange(0, PADDED_SPLITS)
+    columns = tl.arange(0, PADDED_DV)
+    place = (splits * partial_rows + row) * HEADS + head
+    maximum = tl.load(partial_stats + place, splits < SPLITS, other=EMPTY)
+    total = tl.load(partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS + place, splits < SPLITS, other=0.0)
+    sums = load_rows(partial_sums, place * DV, columns, splits < SPLITS, DV, PADDED_DV, True)
+    sums = tl.where((total > 0.0)[:, None], sums, 0.0)
+    weights = tl.exp2(maximum - tl.max(maximum, 0))
+    result = tl.sum(sums * weights[:, None], 0) / tl.sum(total * weights, 0)
+    tl.store(output + (token * HEADS + head) * DV + columns, result.to(output.dtype.element_ty), owned & (columns < DV))
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def attend_long(
+    query, key, value, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes, output,
+    num_sequences, query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride,
+    scale, window, softcap,
+    GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PADDED_SEQUENCES: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """One program per kv head and tile of BLOCK_Q tokens; `attend_short` has the sequences of at most SHORT new tokens.
+
+    The tiles of sequence s start at query_start[s] // BLOCK_Q + s: never fewer than it needs, T // BLOCK_Q + S in all.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
+    HEADS: tl.constexpr = KV_HEADS * GROUPS
+    kv_head = tl.program_id(0)
+    # The last tiles of a sequence see the most keys: they start first, so that none is left over at the end.
+    tile_index = tl.num_programs(1) - 1 - tl.program_id(1)
+    candidates = tl.arange(0, PADDED_SEQUENCES)
+    starts = tl.load(query_start + candidates, candidates < num_sequences, other=0)
+    before = (starts // BLOCK_Q + candidates <= tile_index) & (candidates < num_sequences)
+    sequence = tl.sum(before.to(tl.int32), 0) - 1
+    begin = tl.load(query_start + sequence)
+    end = tl.load(query_start + sequence + 1)
+    first = (tile_index - begin // BLOCK_Q - sequence) * BLOCK_Q
+    if (end - begin > SHORT) & (begin + first < end):
+        context = tl.load(seq_lens + sequence) - (end - begin)
+        rows = tl.arange(0, BLOCK_M)
+        local_token = rows // GROUPS
+        head = kv_head * GROUPS + rows % GROUPS
+        token = (begin + first + local_token).to(tl.int64)
+        owned = (local_token < BLOCK_Q) & (token < end)
+        positions = context + first + local_token
+        key_columns = tl.arange(0, PADDED_DK)
+        value_columns = tl.arange(0, PADDED_DV)
+        tile = load_rows(query, token * query_stride + head * DK, key_columns, owned, DK, PADDED_DK, True)
+        slopes = tl.zeros([BLOCK_M], tl.float32)
+        if HAS_ALIBI:
+            slopes = tl.load(alibi_slopes + head).to(tl.float32)
+        sums = tl.zeros([BLOCK_M, PADDED_DV], tl.float32)
+        maximum = tl.full([BLOCK_M], EMPTY, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        if HAS_SINKS:
+            maximum = tl.load(sinks + head).to(tl.float32) * LOG2_E
+            total += 1.0
+        keys = key_cache + kv_head * BLOCK_SIZE * DK
+        values = value_cache + kv_head * BLOCK_SIZE * DV
+        table = block_tables + sequence.to(tl.int64) * table_stride
+        lowest = 0
+        lowest_new = 0
+        if HAS_WINDOW:
+            lowest = tl.maximum(context + first - window + 1, 0)
+            lowest_new = tl.maximum(first - window + 1, 0)
+        sums, maximum, total = attend_range(
+            sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
+            lowest // BLOCK_N * BLOCK_N, context, lowest, context + first, context + first + BLOCK_Q - 1,
+            scale, window, softcap,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        )  # fmt: skip
+        # The new tokens are read where the projections left them: side by side, without a table.
+        keys = key + begin.to(tl.int64) * key_stride + kv_head * DK
+        values = value + begin.to(tl.int64) * value_stride + kv_head * DV
+        high = tl.minimum(first + BLOCK_Q, end - begin)
+        sums, maximum, total = attend_range(
+            sums, maximum, total, tile, first + local_token, slopes, keys, values, table, key_stride, value_stride,
+            lowest_new // BLOCK_N * BLOCK_N, high, lowest_new, first, first + BLOCK_Q - 1, scale, window, softcap,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, False, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        )  # fmt: skip
+        result = (sums / total[:, None]).to(output.dtype.element_ty)
+        store_rows(output, (token * HEADS + head) * DV, value_columns, result, owned, DV)
