@@ -12,7 +12,9 @@ from enginery.network import Dim, Network, Tensor
 TOKENS = Dim.symbol("tokens")
 
 
-def network_of(function: Callable[..., Any], *, constants: str = "w v b c", dtype: torch.dtype = torch.float32) -> Network:
+def network_of(
+    function: Callable[..., Any], *, constants: str = "w v b c", dtype: torch.dtype = torch.float32
+) -> Network:
     """Traces `function` over inputs and constants that its parameters name.
 
     Matrices w, v are [8, 8]; vectors b, c are [8]; everything else is an input [tokens, 8].

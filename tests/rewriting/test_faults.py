@@ -9,7 +9,14 @@ from torch.nn import functional as F
 from enginery import graph_rewriting as gw
 from enginery.errors import EngineryError, RewriteError, RewriteLimitError
 from enginery.network import Network
-from enginery.rewriting import AnalysisPatternManager, Const, PatternAnalyzer, PatternRewriter, RewritePatternManager, Var
+from enginery.rewriting import (
+    AnalysisPatternManager,
+    Const,
+    PatternAnalyzer,
+    PatternRewriter,
+    RewritePatternManager,
+    Var,
+)
 from rewriting.building import network_of, ops_of
 
 aten = torch.ops.aten

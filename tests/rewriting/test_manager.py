@@ -250,9 +250,11 @@ def test_every_decline_has_a_reason():
         def rewrite(self, x):
             if x.name == "u":
                 raise MatchFailure("too late for u")
-            return None
+            return
 
-    report = RewritePatternManager(Picky()).rewrite(network_of(lambda x, y, z, u: (F.silu(x), F.silu(y), F.silu(z), F.silu(u))))
+    report = RewritePatternManager(Picky()).rewrite(
+        network_of(lambda x, y, z, u: (F.silu(x), F.silu(y), F.silu(z), F.silu(u)))
+    )
     assert report["Picky"].declined == {
         "y is not wanted": 1, "check returned False": 1, "too late for u": 1, "rewrite returned None": 1,
     }  # fmt: skip
@@ -392,7 +394,9 @@ def test_the_limit_names_the_rules_that_keep_firing_and_restores_the_network():
 
     network = network_of(lambda x, w, b: F.relu(F.linear(x, w) + b))
     before = str(network)
-    with pytest.raises(RewriteLimitError, match=r"Ping \d+ times, Pong \d+ times|Pong \d+ times, Ping \d+ times") as caught:
+    with pytest.raises(
+        RewriteLimitError, match=r"Ping \d+ times, Pong \d+ times|Pong \d+ times, Ping \d+ times"
+    ) as caught:
         RewritePatternManager(FoldBias(), Ping(), Pong()).rewrite(network, limit=50)
     assert caught.value.rule in ("Ping", "Pong")
     assert str(network) == before
@@ -435,9 +439,15 @@ def test_verification_on_given_inputs():
 
     positive = torch.rand(5, 8)
     network = network_of(lambda x: F.relu(x))
-    assert not RewritePatternManager(OnlyForPositive()).rewrite(network, verify=[positive])["OnlyForPositive"].rolled_back
+    assert (
+        not RewritePatternManager(OnlyForPositive()).rewrite(network, verify=[positive])["OnlyForPositive"].rolled_back
+    )
     network = network_of(lambda x: F.relu(x))
-    assert RewritePatternManager(OnlyForPositive()).rewrite(network, verify={"x": -positive})["OnlyForPositive"].rolled_back
+    assert (
+        RewritePatternManager(OnlyForPositive())
+        .rewrite(network, verify={"x": -positive})["OnlyForPositive"]
+        .rolled_back
+    )
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def test_every_spelling_of_a_call_is_the_same_pattern(build):
     assert names(build(Var("x"), Const("w")).match(layer)) == {"x": "x", "w": "w"}
 
 
-@pytest.mark.parametrize("spelling", [lambda x: torch.softmax(x, -1), lambda x: x.softmax(dim=-1), lambda x: F.softmax(x, dim=-1)])
+@pytest.mark.parametrize(
+    "spelling", [lambda x: torch.softmax(x, -1), lambda x: x.softmax(dim=-1), lambda x: F.softmax(x, dim=-1)]
+)
 def test_softmax_by_position_by_keyword_and_as_a_method(spelling):
     layer = last(spelling)
     for pattern in (torch.softmax(Var("x"), -1), torch.softmax(Var("x"), dim=-1), Var("x").softmax(-1)):

@@ -65,7 +65,9 @@ class Edit:
 
     def retype(self, pairs: Sequence[Pair]) -> None:
         """Infers types again behind replacements that have another one. Raises NetworkError if a call does not take them."""
-        pending = {user: None for old, new in pairs if (old.shape, old.dtype) != (new.shape, new.dtype) for user in new._uses}
+        pending = {
+            user: None for old, new in pairs if (old.shape, old.dtype) != (new.shape, new.dtype) for user in new._uses
+        }
         while pending:
             layer = min(pending, key=lambda layer: layer.order)
             del pending[layer]

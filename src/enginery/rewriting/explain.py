@@ -72,7 +72,7 @@ def nearest_miss(network: Network, bound: BoundRule) -> Miss | None:
                 continue
             matched, registers = matcher.attempt(layer)
             if matched:
-                reason = _refusal(network, way, registers)
+                reason = refusal(network, way, registers)
                 return None if reason is None else Miss(bound.label, layer.name, len(registers), reason)
             written = len(registers) - registers.count(None)
             if best is None or written > best[0]:
@@ -91,7 +91,7 @@ def _wanted(bound: BoundRule) -> str:
     return " and no ".join(sorted(names)) or "layer"
 
 
-def _refusal(network: Network, way: Way, registers: Registers) -> str | None:
+def refusal(network: Network, way: Way, registers: Registers) -> str | None:
     """Why `check` refuses a match."""
     if way.check is None:
         return None
@@ -109,7 +109,7 @@ def _imperative_miss(network: Network, bound: BoundRule, way: Way) -> Miss | Non
     last = None
     for layer in network:
         if way.accepts(layer):
-            reason = _refusal(network, way, [layer, None, network, bound.args])
+            reason = refusal(network, way, [layer, None, network, bound.args])
             if reason is None:
                 return None
             last = Miss(bound.label, layer.name, 0, reason)

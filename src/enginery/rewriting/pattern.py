@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from numbers import Number
 from typing import Any, Self
 
 import torch
@@ -138,6 +139,8 @@ def Const(name: str | None = None, **options: Any) -> Var:
 
 class Scalar(Pattern):
     """An argument that is no tensor: a number, a size, a list of sizes, a dtype. Never None."""
+
+    argument_kind = Number
 
     def __init__(self, name: str, predicate: Callable[[Any], bool] | None = None) -> None:
         self.name, self.predicate = name, predicate
