@@ -1,7 +1,7 @@
-"""The decoder as it is trained: transformers' LlamaForCausalLM in the fewest operations, with the same parameter names.
+"""The decoder as it is trained: transformers' LlamaForCausalLM in the fewest operations, same parameter names.
 
-`state_dict()` loads into `LlamaForCausalLM(config)` unchanged; `tests/models` holds the two against each other. It exists
-because training wants bfloat16 residuals over float32 weights, and each layer compiled once.
+`state_dict()` loads into `LlamaForCausalLM(config)` unchanged; `tests/models` holds the two against each other. It
+exists because training wants bfloat16 residuals over float32 weights, and each layer compiled once.
 """
 
 from __future__ import annotations

@@ -26,19 +26,9 @@ LEXICON: dict[str, list[str]] = json.loads(Path(__file__).with_name("lexicon.jso
 WORDS, NAMES, CITIES = LEXICON["words"], LEXICON["names"], LEXICON["cities"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
     "December",
-]
+]  # fmt: skip
 PROPER = [*NAMES, *CITIES, *DAYS, *MONTHS]
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh"]
 
@@ -272,13 +262,9 @@ def successor(rng: random.Random) -> Problem:
         alphabet = rng.choice((string.ascii_lowercase, string.ascii_uppercase))
         place = rng.randrange(25)
         wordings: Sequence[str] = (
-            "What letter comes {side} {c}?",
-            "Which letter is {side} {c}?",
-            "What comes {side} {c}?",
-            "Which letter comes {side} {c}?",
-            "What is the letter {side} {c}?",
-            "What letter is right {side} {c}?",
-        )
+            "What letter comes {side} {c}?", "Which letter is {side} {c}?", "What comes {side} {c}?",
+            "Which letter comes {side} {c}?", "What is the letter {side} {c}?", "What letter is right {side} {c}?",
+        )  # fmt: skip
         prompt = ask(rng, wordings, side="after" if up else "before", c=alphabet[place + 1 - up])
         return Problem("successor", prompt, alphabet[place + up], prompt)
     wordings = ("What number comes {side} {n}?", "Which number is right {side} {n}?", "What comes {side} {n}?")
@@ -298,27 +284,9 @@ def next_number(rng: random.Random) -> Problem:
 
 
 ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
 TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
@@ -337,11 +305,9 @@ def number_words(rng: random.Random) -> Problem:
         wordings = ("Write {n} in digits.", "What number is {n}?", "Write {n} as a number.", "Which number is {n}?")
     else:
         wordings = (
-            "Write {n} in words.",
-            "Write the number {n} in words.",
-            "How do you write {n} in words?",
+            "Write {n} in words.", "Write the number {n} in words.", "How do you write {n} in words?",
             "Spell out {n}.",
-        )
+        )  # fmt: skip
     prompt = ask(rng, wordings, n=in_words(n) if digits else n)
     key = prompt if n < 100 else f"words {n} {digits}"  # below a hundred there is hardly a rule to learn, only words
     return Problem("number_words", prompt, str(n) if digits else in_words(n), key)
@@ -459,19 +425,15 @@ def change_case(rng: random.Random) -> Problem:
     kind = rng.random()
     if kind < 0.45:
         wordings = (
-            "Write {w} in upper case.",
-            'Convert "{w}" to uppercase.',
-            "Uppercase {w}.",
+            "Write {w} in upper case.", 'Convert "{w}" to uppercase.', "Uppercase {w}.",
             "Write {w} in capital letters.",
-        )
+        )  # fmt: skip
         given, answer = text, text.upper()
     elif kind < 0.8:
         wordings = (
-            "Write {w} in lower case.",
-            'Convert "{w}" to lowercase.',
-            "Lowercase {w}.",
+            "Write {w} in lower case.", 'Convert "{w}" to lowercase.', "Lowercase {w}.",
             "Write {w} in small letters.",
-        )
+        )  # fmt: skip
         given, answer = text.upper(), text
     else:
         wordings = ("Capitalize {w}.", 'Capitalize "{w}".', "Write {w} with a capital letter.")
@@ -575,11 +537,9 @@ def contains(rng: random.Random) -> Problem:
     items = items_of(rng, 3, 8)
     x = items.pop() if rng.random() < 0.5 else rng.choice(items)
     wordings = (
-        "Is {x} in the list {xs}?",
-        "Does the list {xs} contain {x}?",
-        "Is {x} in this list: {xs}",
+        "Is {x} in the list {xs}?", "Does the list {xs} contain {x}?", "Is {x} in this list: {xs}",
         "Is {x} one of {xs}?",
-    )
+    )  # fmt: skip
     prompt = ask(rng, wordings, x=x, xs=given(rng, items))
     return Problem("contains", prompt, "Yes" if x in items else "No", f"contains {x} {listed(items)}")
 
@@ -626,27 +586,9 @@ def json_value(rng: random.Random) -> object:
 
 
 FIELDS = [
-    "name",
-    "age",
-    "city",
-    "id",
-    "color",
-    "size",
-    "price",
-    "count",
-    "country",
-    "email",
-    "title",
-    "year",
-    "status",
-    "type",
-    "owner",
-    "level",
-    "score",
-    "active",
-    "code",
-    "unit",
-]
+    "name", "age", "city", "id", "color", "size", "price", "count", "country", "email", "title", "year", "status",
+    "type", "owner", "level", "score", "active", "code", "unit",
+]  # fmt: skip
 
 
 def json_field(rng: random.Random) -> Problem:
@@ -691,6 +633,7 @@ def calendar(rng: random.Random) -> Problem:
     return Problem("calendar", prompt, names[(place + (steps if after else -steps)) % len(names)], prompt)
 
 
+# fmt: off
 TALK: dict[str, tuple[str, ...]] = {
     HELLO: (
         "Hello", "Hi", "Hey", "Hello there", "Hi there", "Good morning", "Good afternoon", "Good evening",
@@ -719,7 +662,8 @@ TALK: dict[str, tuple[str, ...]] = {
         "I have to go, bye", "Thanks, bye", "Have a nice day", "Farewell", "Okay, goodbye", "Bye for now", "exit",
         "quit",
     ),
-}  # fmt: skip
+}
+# fmt: on
 
 
 def talk(rng: random.Random) -> Problem:
