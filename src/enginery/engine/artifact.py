@@ -22,6 +22,8 @@ import torch
 
 from enginery.engine.digest import file_digests
 from enginery.engine.manifest import NAME, REBUILD, FileEntry, Manifest, read_manifest
+from enginery.engine.memory import caches
+from enginery.engine.protocol import StepInputs
 from enginery.engine.storage import errors_told, replacing, write_file
 from enginery.engine.weights_file import Layout, WeightWriter, map_weights
 from enginery.errors import EngineFileError, NetworkError, UsageError
@@ -139,9 +141,20 @@ def open_artifact(directory: Path, *, report: Callable[[str, int, int], None] | 
     try:
         network = Network.parse((directory / NETWORK).read_text(encoding="utf-8"))
         network.verify()
+        _require_borders(network)
     except (NetworkError, UnicodeDecodeError) as error:
         raise EngineFileError(f"{directory / NETWORK}: {error}", REBUILD) from None
     return Artifact(directory, manifest, network)
+
+
+def _require_borders(network: Network) -> None:
+    """The network takes what an engine gives it in a step and returns logits. Raises NetworkError."""
+    known = {field.name for field in dataclasses.fields(StepInputs)} | {tensor.name for tensor in caches(network)}
+    unknown = next((tensor for tensor in network.inputs if tensor.name not in known), None)
+    if unknown is not None:
+        raise NetworkError(f"input {unknown.name} is nothing that a step gives")
+    if network.output_names != ("logits",) or network.outputs[0].dtype != torch.float32:
+        raise NetworkError(f"its outputs are {', '.join(network.output_names)}, not logits in float32")
 
 
 def _verify_files(directory: Path, manifest: Manifest, report: Callable[[str, int, int], None] | None) -> None:

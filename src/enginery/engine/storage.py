@@ -38,15 +38,18 @@ def replacing(target: Path, need: int) -> Iterator[Path]:
         _sweep(target)
         _require_space(target.parent, need)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
-        lock = _lock(scratch)
+    lock: int | None = None
     try:
+        with errors_told(target, need):
+            lock = _lock(scratch)
         yield scratch
         with errors_told(target, need):
             _flush_tree(scratch)
             _put_in_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+"""The compiled engine: a prefill, decoding steps and mixed batches equal the model itself and the eager engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from enginery.engine.code_cache import CodeCache, fingerprint
+from enginery.engine.engine import Engine
+from enginery.errors import EngineFileError, StepError
+from tests.engine.conftest import CONFIG
+from tests.engine.decoder import Batcher, Decoder, random_tokens
+
+
+def test_prefill_decode_and_mixed_steps_equal_the_model(compiled: Engine, model: Decoder) -> None:
+    batcher = Batcher(model)
+    first, second, third = (batcher.add(random_tokens(50, seed)) for seed in range(3))
+    steps = [
+        [(first, 20)], [(first, 1)], [(first, 1), (second, 31), (third, 1)], [(first, 1), (second, 1), (third, 1)],
+        [(third, 40), (first, 1)], [(second, 2)],
+    ]  # fmt: skip
+    for parts in steps:
+        inputs, expected = batcher.step(parts)
+        logits = compiled.execute(inputs)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_equals_eager(compiled: Engine, model: Decoder) -> None:
+    eager = Engine.load(compiled.directory, dataclasses.replace(CONFIG, backend="eager"))
+    for seed in range(3):
+        batcher = Batcher(model)
+        sequence = batcher.add(random_tokens(30, seed))
+        for count in (1, 17, 12):
+            inputs, _ = batcher.step([(sequence, count)])
+            torch.testing.assert_close(compiled.execute(inputs), eager.execute(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_without_logits(compiled: Engine, model: Decoder) -> None:
+    batcher = Batcher(model)
+    sequence = batcher.add(random_tokens(9, 1))
+    inputs, _ = batcher.step([(sequence, 5)])
+    silent = dataclasses.replace(inputs, logits_indices=np.empty(0, dtype=np.int64))
+    assert compiled.execute(silent).shape == (0, compiled.limits.vocab_size)
+    inputs, expected = batcher.step([(sequence, 4)])
+    torch.testing.assert_close(compiled.execute(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_forked_sequence_goes_on_from_copied_blocks(compiled: Engine, model: Decoder) -> None:
+    batcher = Batcher(model)
+    parent = batcher.add(random_tokens(20, 5))
+    inputs, _ = batcher.step([(parent, 20)])
+    compiled.execute(inputs)
+    child = batcher.add([*parent.tokens[:20], 7])
+    child.computed = 20
+    compiled.copy_blocks(list(zip(parent.blocks[:2], child.blocks[:2], strict=True)))
+    inputs, expected = batcher.step([(child, 1)])
+    torch.testing.assert_close(compiled.execute(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_regions_are_compiled_once_and_found_again(compiled: Engine, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = list((cache / "regions" / fingerprint("cpu")).glob("*.pt2"))
+    assert {path.stem for path in packages} >= set(compiled.regions.distinct)
+    monkeypatch.setattr("enginery.engine.compile.lower", refuse_to_compile)
+    Engine.load(compiled.directory, CONFIG).close()
+
+
+def refuse_to_compile(*args: object) -> None:
+    raise AssertionError("a region was compiled again")
+
+
+def test_an_engine_of_this_user_brings_its_code_along(
+    compiled: Engine, cache: Path, fresh_cache: Path, model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fresh_cache / "regions").mkdir(parents=True, mode=0o700)
+    key = (cache / "regions" / "signing-key").read_bytes()
+    (fresh_cache / "regions" / "signing-key").write_bytes(key)
+    (fresh_cache / "regions" / "signing-key").chmod(0o600)
+    monkeypatch.setattr("enginery.engine.compile.lower", refuse_to_compile)
+    engine = Engine.load(compiled.directory, CONFIG)
+    inputs, expected = (batcher := Batcher(model)).step([(batcher.add(random_tokens(6, 2)), 6)])
+    torch.testing.assert_close(engine.execute(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_code_of_somebody_else_is_compiled_again_unless_trusted(compiled: Engine, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("enginery.engine.compile.lower", refuse_to_compile)
+    with pytest.raises(AssertionError):
+        Engine.load(compiled.directory, CONFIG)
+    Engine.load(compiled.directory, CONFIG, trust_engine_code=True).close()
+
+
+def test_a_cache_that_others_may_write_is_refused(compiled: Engine, fresh_cache: Path) -> None:
+    cache = CodeCache(fingerprint("cpu"))
+    Engine.load(compiled.directory, CONFIG, trust_engine_code=True).close()
+    cache.directory.chmod(0o777)
+    with pytest.raises(EngineFileError, match="may be written by others"):
+        Engine.load(compiled.directory, CONFIG)
+    cache.directory.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("token_ids", [96], "token id"), ("token_ids", [-1], "token id"), ("positions", [256], "position"),
+        ("slot_mapping", [1 << 40], "slot"), ("block_tables", [[1 << 20]], "block"), ("logits_indices", [1], "logits index"),
+        ("seq_lens", [17], "sequence length"), ("positions", [0, 1], "disagree"), ("query_start", [0, 2], "disagree"),
+    ],
+)  # fmt: skip
+def test_a_batch_outside_of_the_limits_is_refused(compiled: Engine, field: str, value: list, message: str, model: Decoder) -> None:
+    batcher = Batcher(model)
+    inputs, _ = batcher.step([(batcher.add([3]), 1)])
+    inputs = dataclasses.replace(inputs, block_tables=inputs.block_tables[:, :1])
+    broken = dataclasses.replace(inputs, **{field: np.array(value, dtype=getattr(inputs, field).dtype)})
+    with pytest.raises(StepError, match=message):
+        compiled.execute(broken)
+
+
+def test_a_closed_engine_says_so(compiled: Engine, model: Decoder) -> None:
+    engine = Engine.load(compiled.directory, CONFIG)
+    engine.close()
+    inputs, _ = (batcher := Batcher(model)).step([(batcher.add([3]), 1)])
+    with pytest.raises(StepError, match="closed"):
+        engine.execute(inputs)
