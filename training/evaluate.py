@@ -29,7 +29,7 @@ def answers(
 ) -> list[str]:
     """Greedy answers. Problems of similar length go together; a batch stops a little after its longest true answer."""
     length = [
-        len(tokenizer(p.answer, add_special_tokens=False).input_ids) + len(p.answer) * p.spelled for p in problems
+        len(p.answer) if p.spelled else len(tokenizer(p.answer, add_special_tokens=False).input_ids) for p in problems
     ]
     order = sorted(range(len(problems)), key=lambda i: length[i])
     result = [""] * len(problems)
