@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from random import Random
@@ -88,14 +87,21 @@ def _definitions(network: Network) -> Complaints:
 
 def _uses(network: Network) -> Complaints:
     """The use-lists say what the arguments say."""
-    counted: dict[Tensor, Counter[Layer]] = {}
+    counted: dict[Tensor, dict[Layer, int]] = {}
     for layer in network:
-        for tensor in tensors_in(layer.args):
-            counted.setdefault(tensor, Counter())[layer] += 1
+        inputs = tuple(tensors_in(layer.args))
+        if inputs != layer._inputs:
+            yield f"the inputs of layer {layer.name} are not those of its arguments"
+        for tensor in inputs:
+            uses = counted.setdefault(tensor, {})
+            uses[layer] = uses.get(layer, 0) + 1
+    outputs: dict[Tensor, list[str]] = {}
+    for name, tensor in network._outputs.items():
+        outputs.setdefault(tensor, []).append(name)
     for tensor in _values(network):
         if tensor._uses != counted.get(tensor, {}):
             yield f"the users of {tensor.name} are not those that read it"
-        names = [name for name, output in network._outputs.items() if output is tensor]
+        names = outputs.get(tensor, [])
         if sorted(names) != sorted(tensor.output_names):
             yield f"{tensor.name} is recorded as output {list(tensor.output_names)}, but is {names}"
 
@@ -132,9 +138,13 @@ def _symbols(network: Network) -> Complaints:
     for tensor in (*network.inputs, *network.constants):
         for symbol in symbols_of(tensor.shape) - known:
             yield f"{tensor.name} has the size {symbol}, which no input gives"
+    sound: set[Dim] = set()
     for layer in network:
-        for symbol in _symbols_in(layer.args) - known:
-            yield f"layer {layer.name} reads the size {symbol}, which no input gives"
+        for size in _sizes_in(layer.args):
+            if size not in sound:
+                for symbol in size.symbols - known:
+                    yield f"layer {layer.name} reads the size {symbol}, which no input gives"
+                sound.add(size)
 
 
 def _writes(network: Network) -> Complaints:
@@ -166,10 +176,12 @@ def _values(network: Network) -> Iterator[Tensor]:
         yield from layer.outputs
 
 
-def _symbols_in(value: Any) -> frozenset[str]:
-    if isinstance(value, Dim):
-        return value.symbols
-    return frozenset().union(*map(_symbols_in, value)) if isinstance(value, tuple) else frozenset()
+def _sizes_in(values: tuple) -> Iterator[Dim]:
+    for value in values:
+        if value.__class__ is Dim:
+            yield value
+        elif value.__class__ is tuple:
+            yield from _sizes_in(value)
 
 
 def check_arguments(op: Operator, args: tuple) -> None:
