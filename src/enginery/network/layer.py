@@ -87,7 +87,7 @@ class Layer:
         """All its inputs are known at build time, so its outputs are."""
         return bool(self.outputs) and self.outputs[0].is_constant
 
-    def replace(self, **changes: Any) -> Tensor | tuple[Tensor, ...]:
+    def replace(self, /, **changes: Any) -> Tensor | tuple[Tensor, ...]:
         """The same call with some arguments changed, appended at the network's cursor; its output, or its outputs."""
         known = signature(self.op)
         args = list(self._args)

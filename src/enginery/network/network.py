@@ -193,7 +193,7 @@ class Network:
         self._outputs[name] = tensor
         tensor.output_names += (name,)
 
-    def call(self, op: Operator, *args: Any, name: str | None = None, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+    def call(self, op: Operator, /, *args: Any, name: str | None = None, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """Appends a call at the cursor (the end, unless inside `inserting_before`); its output, or its outputs.
 
         Shapes and dtypes are known at once. Raises NetworkError if the arguments do not fit the operator.
