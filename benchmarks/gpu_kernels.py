@@ -1,6 +1,6 @@
 """How near do the GPU kernels come to the memory's and the matrix units' rate, and to cuDNN and cuBLAS?
 
-    python benchmarks/gpu_kernels.py [--tune] [--json FILE]
+    python benchmarks/gpu_kernels.py [--tune] [--write]
 
 The shapes are those of Llama-3.1-8B (32 query heads, 8 KV heads of 128, hidden 4096, intermediate 14336, vocabulary
 128256) in bfloat16. A time is the median over replays of a CUDA graph that holds several calls on different data, so
@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
-import platform
 import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import triton
@@ -28,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from enginery.kernels.triton import linear, paged_attention
 from enginery.kernels.triton.linear import Tiles
 from enginery.kernels.triton.paged_attention import LaunchPlan, Tiling, plan_launch
+from record import record
 
 HEADS, KV_HEADS, HEAD, BLOCK = 32, 8, 128, 16
 SCALE = HEAD**-0.5
@@ -360,35 +358,20 @@ def read_bandwidth() -> float:
     return data.numel() * 4 / seconds([data.sum] * 2) / 1e12
 
 
-def versions() -> dict[str, str]:
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": str(torch.backends.cudnn.version()),
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="time all candidates, then print the best")
+    parser.add_argument("--tune", action="store_true", help="time all candidates, too; the six best of each are kept")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile candidates (default: 8)")
-    parser.add_argument("--json", type=Path, help="file that receives the results")
     parser.add_argument("--compile", action="store_true", help="only compile the candidates, for a later --tune")
-    arguments = parser.parse_args()
-    if arguments.compile:
-        compile_all(candidates(), arguments.workers)
+    parser.add_argument("--write", action="store_true", help="keep the record in benchmarks/results/")
+    options = parser.parse_args()
+    if options.compile:
+        compile_all(candidates(), options.workers)
         return
-    results = {"versions": versions(), "read bandwidth, TB/s": read_bandwidth(), "measured": measure()}
-    for name, rates in results["measured"].items():
-        print(f"{name:32}" + "  ".join(f"{who} {rate:7.2f}" for who, rate in rates.items()), flush=True)
-    if arguments.tune:
-        results["tuned"] = tune(arguments.workers)
-        for name, best in results["tuned"].items():
-            print(name, *(f"\n    {rate:8.3f}  {key}" for key, rate in best))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    limit = read_bandwidth()
+    measured = measure()
+    tuned = tune(options.workers) if options.tune else {}
+    record("gpu_kernels", {"read, TB/s": limit, **measured, "tuned": tuned}, table=measured, write=options.write)
 
 
 if __name__ == "__main__":

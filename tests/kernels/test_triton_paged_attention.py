@@ -119,7 +119,7 @@ def test_splits_of_the_keys_change_nothing(case: Case, splits: int) -> None:
     ids=["window", "window-1", "softcap", "sinks", "alibi", "all"],
 )
 def test_features(case: Case, features: dict) -> None:
-    check(replace(case, **features), plan(2, decode=case is DECODE))
+    check(replace(case, **features), plan(2, decode=case is DECODE, block_n=16 if case is DECODE else 32))
 
 
 @pytest.mark.parametrize(
