@@ -157,6 +157,12 @@ def test_a_long_chunk_among_empty_sequences_is_still_right() -> None:
     check(Case(((10, 7), (3, 1)), empty=6))
 
 
+def test_no_sequences_give_zeros() -> None:
+    tensors, _ = build(DECODE, seed=3)
+    none = [tensor[:n] for tensor, n in zip(tensors[6:], (0, 1, 0), strict=True)]
+    assert not kernels.paged_attention(*tensors[:5], torch.full_like(tensors[5], -1), *none, 0.25).any()
+
+
 def test_capacity_decides_the_splits() -> None:
     gpu = kernels.Gpu(processors=132, overlap=True)
     llama = {"kv_heads": 8, "groups": 4, "width": 128, "itemsize": 2}

@@ -138,8 +138,8 @@ def paged_attention(
         gpu = Gpu.of(query.device)
         plan = plan_launch(gpu, tokens, sequences, capacity, kv_heads, groups, width, query.element_size())
     output = query.new_empty(tokens, heads, dv)
-    if tokens == 0:
-        return output
+    if tokens == 0 or sequences == 0:
+        return output.zero_()
 
     sizes = {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, "PADDED_DK": padded_dk, "PADDED_DV": padded_dv}
     features = {
