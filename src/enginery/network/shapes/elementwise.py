@@ -80,8 +80,8 @@ RULES = table(
     {
         "neg abs relu relu6 silu gelu leaky_relu elu hardswish hardsigmoid hardtanh mish selu celu softplus "
         "sign ceil floor round round.decimals trunc bitwise_not positive "
-        "alias detach clone contiguous dropout native_dropout tril triu lift_fresh lift_fresh_copy feature_dropout "
-        "fill.Scalar fill.Tensor zero logit_ resolve_conj resolve_neg nan_to_num cummax_ flip roll": same,
+        "alias detach clone contiguous dropout tril triu lift_fresh lift_fresh_copy "
+        "fill.Scalar fill.Tensor zero resolve_conj resolve_neg nan_to_num flip roll": same,
         "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan sinh cosh tanh asin acos atan sigmoid erf erfc "
         "erfinv reciprocal log_sigmoid special_expit logit": floating,
         "square": square,
