@@ -37,8 +37,12 @@ if TYPE_CHECKING:
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "enginery-6m"
 CARRIED_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 """files of a checkpoint that its engine needs beside the network and the weights"""
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -158,7 +162,7 @@ def rewritten_network(model: str | Path | None = None, **settings: Any) -> tuple
 
 
 def _cached(checkpoint: Checkpoint, config: BuildConfig) -> Path:
-    """Where the cache has the engine of this content: weights, configuration, the code of the caller's rules, our version."""
+    """Where the cache has the engine of this content: weights, configuration, the caller's rules, our version."""
     sources = [inspect.getsourcefile(type(rule)) for rule in config.rules]
     rules = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sources if file is not None]
     key = json.dumps([version("enginery"), checkpoint.digest(), config.cache_key(), rules]).encode()
@@ -169,8 +173,8 @@ class LLM:
     """A language model that is ready to generate.
 
     Args:
-        model: engine directory, checkpoint directory or hub id; None: the bundled model. A checkpoint is built on first use
-            into the cache.
+        model: engine directory, checkpoint directory or hub id; None: the bundled model. A checkpoint is built into the
+            cache on first use.
         dtype: "auto" (that of the checkpoint), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or "cuda".
         max_model_len: longest sequence in tokens; None: that of the model, or what memory allows.
@@ -327,7 +331,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from enginery.cli.options import EngineOptions, Json, Model, takes
+from enginery.cli.options import Json, Model, RunOptions, takes
 from enginery.cli.output import print_json, print_table
 from enginery.cli.progress import Progress
 from enginery.errors import UsageError
@@ -53,9 +53,9 @@ class Load:
         return outputs, time.perf_counter() - begin
 
 
-@takes(EngineOptions)
+@takes(RunOptions)
 def latency(
-    options: EngineOptions,
+    options: RunOptions,
     model: Model = None,
     batch_size: Annotated[int, typer.Option(help="Requests at once.")] = 1,
     input_len: InputLen = 32,
@@ -74,9 +74,9 @@ def latency(
         show(medians | host_times(llm), as_json)
 
 
-@takes(EngineOptions)
+@takes(RunOptions)
 def throughput(
-    options: EngineOptions,
+    options: RunOptions,
     model: Model = None,
     num_prompts: Annotated[int, typer.Option(help="Requests, all submitted at once.")] = 64,
     input_len: InputLen = 128,
@@ -106,7 +106,7 @@ def throughput(
         show(totals | request_times(outputs) | host_times(llm), as_json)
 
 
-def open_llm(model: str | None, options: EngineOptions, quiet: bool) -> LLM:
+def open_llm(model: str | None, options: RunOptions, quiet: bool) -> LLM:
     from enginery.llm import LLM
 
     with Progress(quiet=quiet) as progress:

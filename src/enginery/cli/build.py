@@ -15,7 +15,9 @@ from enginery.cli.progress import Progress
 @takes(EngineOptions)
 def build(
     options: EngineOptions,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the engine; an old one is replaced at the end.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory of the engine; an old one is replaced at the end.")
+    ],
     model: Model = None,
     as_json: Json = False,
 ) -> None:

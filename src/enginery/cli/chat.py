@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from enginery.cli.options import EngineOptions, Model, takes
+from enginery.cli.options import Model, RunOptions, takes
 from enginery.cli.progress import Progress
 from enginery.errors import RequestError, UsageError
 
 
-@takes(EngineOptions)
+@takes(RunOptions)
 def chat(
-    options: EngineOptions,
+    options: RunOptions,
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most new tokens of one answer.")] = None,

@@ -21,7 +21,9 @@ def doctor(as_json: Json = False) -> None:
     facts = machine() | versions() | compiler() | cache() | gpu()
     kernels = kernel_rows()
     if as_json:
-        print_json({"facts": facts, "kernels": [dict(zip(("op", "kernel", "reason"), row, strict=True)) for row in kernels]})
+        print_json(
+            {"facts": facts, "kernels": [dict(zip(("op", "kernel", "reason"), row, strict=True)) for row in kernels]}
+        )
         return
     print_table("", ("what", "found"), facts.items())
     print()
@@ -34,7 +36,7 @@ def machine() -> dict[str, str]:
 
     memory = psutil.virtual_memory()
     return {
-        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "memory": f"{format_bytes(memory.available)} available of {format_bytes(memory.total)}",
     }
 
@@ -52,7 +54,10 @@ def versions() -> dict[str, str]:
 def compiler() -> dict[str, str]:
     name = env.read("ENGINERY_CXX")
     path = shutil.which(name)
-    return {"C++ compiler": path or f"{name} not found: kernels and regions fall back to references (install it, or --backend eager)"}
+    return {
+        "C++ compiler": path
+        or f"{name} not found: kernels and regions fall back to references (install it, or --backend eager)"
+    }
 
 
 def cache() -> dict[str, str]:
@@ -72,7 +77,8 @@ def gpu() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {"GPU": "none that torch can use"}
     properties = torch.cuda.get_device_properties(0)
-    return {"GPU": f"{properties.name}, {format_bytes(properties.total_memory)}, compute {properties.major}.{properties.minor}"}
+    capability = f"compute {properties.major}.{properties.minor}"
+    return {"GPU": f"{properties.name}, {format_bytes(properties.total_memory)}, {capability}"}
 
 
 def kernel_rows() -> list[tuple[str, str, str]]:

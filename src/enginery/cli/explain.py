@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from enginery.rewriting.pipeline import PipelineReport
 
 Words = Annotated[
-    list[str] | None, typer.Argument(metavar="[MODEL] [RULE]", help="A model, a rule of its phases, or both.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[MODEL] [RULE]", help="A model, a rule of its phases, or both.", show_default=False),
 ]
 
 
@@ -25,11 +26,13 @@ Words = Annotated[
 def explain(
     options: EngineOptions,
     words: Words = None,
-    diff: Annotated[bool, typer.Option("--diff", help="Lines of the network's text that the disabled rules change.")] = False,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Lines of the network's text that the disabled rules change.")
+    ] = False,
     text: Annotated[bool, typer.Option("--text", help="Print the rewritten network itself.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the phases: rules, counts, milliseconds, layers before and after; with RULE, each application or the nearest miss."""
+    """Show phases, rules, counts, milliseconds, layers; with RULE, each application or the nearest miss."""
     model, rule = split_words(words or [])
     arguments = options.arguments()
     network, report = rewrite(model, **arguments)
@@ -37,7 +40,11 @@ def explain(
         explain_rule(model, rule, report, arguments)
     elif diff:
         everything, _ = rewrite(model, **{**arguments, "disabled_rules": ()})
-        print("\n".join(difflib.unified_diff(*(str(n).splitlines() for n in (everything, network)), "all", "asked", lineterm="")))
+        print(
+            "\n".join(
+                difflib.unified_diff(*(str(n).splitlines() for n in (everything, network)), "all", "asked", lineterm="")
+            )
+        )
     elif text:
         print(network)
     elif as_json:
@@ -82,7 +89,9 @@ def explain_rule(model: str | None, rule: str, report: PipelineReport, arguments
     for name, phase in phases:
         found = [application for application in phase.applications if application.rule == rule]
         facts = phase.rules[rule]
-        print(f"{name}: {rule} tried {facts.tried}, matched {facts.matched}, applied {facts.rewritten} ({facts.location})")
+        print(
+            f"{name}: {rule} tried {facts.tried}, matched {facts.matched}, applied {facts.rewritten} ({facts.location})"
+        )
         for application in found:
             print(f"  {application.module_path or '(no module)'}: {application}")
         for reason, count in facts.declined.most_common():

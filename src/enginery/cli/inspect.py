@@ -24,11 +24,17 @@ def inspect(options: EngineOptions, model: Model = None, as_json: Json = False) 
         ("", ""),
         (
             ("format", found.format),
-            ("architecture", f"{facts.architecture}, {facts.num_layers} layers of {facts.hidden_size}, vocabulary {facts.vocab_size}"),
+            (
+                "architecture",
+                f"{facts.architecture}, {facts.num_layers} × {facts.hidden_size}, vocabulary {facts.vocab_size}",
+            ),
             ("precision", facts.dtype),
             ("context", f"{plan.limits.max_model_len} tokens of {facts.max_position_embeddings}"),
             ("weights", format_bytes(plan.weights)),
-            ("KV cache", f"{format_bytes(plan.kv_cache)}: {plan.limits.num_blocks} blocks of {plan.limits.block_size} tokens"),
+            (
+                "KV cache",
+                f"{format_bytes(plan.kv_cache)}: {plan.limits.num_blocks} blocks of {plan.limits.block_size} tokens",
+            ),
             ("activations", f"{format_bytes(plan.activations)} for {plan.limits.max_num_tokens} tokens a step"),
             ("memory", f"{format_bytes(plan.total)} of {format_bytes(plan.available)} available on {plan.device}"),
             ("regions", ", ".join(f"{name} ({layers} layers)" for name, layers in found.regions.items())),

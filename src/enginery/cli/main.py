@@ -7,7 +7,6 @@ import os
 import sys
 from importlib import import_module
 
-
 import typer
 
 from enginery.errors import EngineryError
@@ -57,5 +56,3 @@ def report(error: EngineryError, *, as_json: bool) -> None:
         print(json.dumps({"error": {"type": type(error).__name__, "message": str(error), "code": error.exit_code}}))
     else:
         print(f"error: {error}", file=sys.stderr)
-
-

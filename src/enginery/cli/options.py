@@ -15,29 +15,32 @@ from enginery.cli.user_rules import load_rule
 
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="Checkpoint directory, hub id or engine directory; default: the bundled one."),
+    typer.Argument(
+        metavar="[MODEL]", help="Checkpoint directory, hub id or engine directory; default: the bundled one."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The engine options of one command line; `arguments()` gives the keyword arguments of `LLM`."""
+    """What an engine is built for; `arguments()` gives the fields of a `BuildConfig`, for `LLM` too."""
 
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     max_model_len: Annotated[str | None, typer.Option(help="Longest sequence, such as 4096 or 32K.")] = None
     max_num_seqs: Annotated[str, typer.Option(help="Sequences that run at once.")] = "256"
-    max_num_batched_tokens: Annotated[str | None, typer.Option(help="New tokens of one step, over all sequences.")] = None
+    max_num_batched_tokens: Annotated[str | None, typer.Option(help="New tokens of one step, over all sequences.")] = (
+        None
+    )
     kv_cache_memory: Annotated[str | None, typer.Option(help="Memory of the KV cache, such as 2GiB.")] = None
     backend: Annotated[str, typer.Option(help="compiled, or eager: instant start, slow, the reference.")] = "compiled"
-    disable_rule: Annotated[list[str] | None, typer.Option(help="Switch a rewrite rule off by name (repeatable).")] = None
+    disable_rule: Annotated[list[str] | None, typer.Option(help="Switch a rewrite rule off by name (repeatable).")] = (
+        None
+    )
     rule: Annotated[
         list[str] | None, typer.Option(help="A rule of your own, FILE.py:ClassName (repeatable); runs that file.")
     ] = None
-    trust_engine_code: Annotated[
-        bool, typer.Option("--trust-engine-code", help="Run compiled code of an engine that this user did not build.")
-    ] = False
 
     def arguments(self) -> dict[str, Any]:
         values = asdict(self)
@@ -50,6 +53,15 @@ class EngineOptions:
         return values
 
 
+@dataclass(frozen=True)
+class RunOptions(EngineOptions):
+    """As `EngineOptions`, for commands that open an engine."""
+
+    trust_engine_code: Annotated[
+        bool, typer.Option("--trust-engine-code", help="Run compiled code of an engine that this user did not build.")
+    ] = False
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -58,7 +70,9 @@ def takes(options_type: type) -> Callable[[Callable], Callable]:
     """Replaces the parameter `options` of a command by one command-line option for each field of `options_type`."""
     hints = get_type_hints(options_type, include_extras=True)
     extra = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
         for field in fields(options_type)
     ]
 

@@ -7,18 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from enginery.cli.options import EngineOptions, Json, takes
+from enginery.cli.options import Json, RunOptions, takes
 from enginery.cli.output import print_json
 from enginery.cli.progress import Progress
 from enginery.errors import UsageError
 
-Words = Annotated[list[str], typer.Argument(metavar="[MODEL] PROMPT", help="The prompt, behind a model if not the bundled one.")]
+Words = Annotated[
+    list[str], typer.Argument(metavar="[MODEL] PROMPT", help="The prompt, behind a model if not the bundled one.")
+]
 
 
-@takes(EngineOptions)
+@takes(RunOptions)
 def run(
     words: Words,
-    options: EngineOptions,
+    options: RunOptions,
     max_tokens: Annotated[int | None, typer.Option(help="Most new tokens; default: up to the context length.")] = None,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of this probability.")] = 1.0,
@@ -26,7 +28,7 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself; no chat template.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt with a model, streaming. The engine is built on the first run and found in the cache after that."""
+    """Answer a prompt, streaming. The engine is built on the first run and found in the cache after that."""
     if len(words) > 2:
         raise UsageError(f"{len(words)} arguments given", 'Quote the prompt: enginery run [MODEL] "PROMPT"')
     model, prompt = (words[0], words[1]) if len(words) == 2 else (None, words[0])
@@ -38,7 +40,8 @@ def run(
     with Progress(quiet=as_json) as progress:
         llm = LLM(model, progress=progress, **options.arguments())
     with llm:
-        text, token_ids, output = "", [], None
+        text, output = "", None
+        token_ids: list[int] = []
         for output in llm.stream(prompt if raw or not llm.has_chat_template else user_message(prompt), params):
             delta = output.outputs[0]
             text, token_ids = text + delta.text, token_ids + delta.token_ids
