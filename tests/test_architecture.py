@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "engine": {"kernels", "quantization", "rewriting", "network", "ops", "errors", "env"},
     "runtime": {"engine.protocol", "errors", "env"},
     "llm": {"frontends", "checkpoint", "engine", "rewriting", "runtime", "kernels", "network", "errors", "env"},
-    "cli": {"llm", "runtime", "engine", "kernels", "checkpoint", "rewriting", "errors", "env"},
+    "cli": {"llm", "runtime", "engine", "kernels", "checkpoint", "network", "rewriting", "errors", "env"},
     "__init__": {"llm", "network", "engine", "runtime", "rewriting", "graph_rewriting", "ops"},
     "__main__": {"cli"},
 }

@@ -243,7 +243,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters are invalid; no request of the call is run.
         """
-        listed = [prompts] if _is_single(prompts) else list(prompts)  # type: ignore[arg-type]
+        listed: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
         return self._finish([self._read_prompt(prompt) for prompt in listed], params)
 
     def chat(
@@ -258,8 +258,7 @@ class LLM:
 
         A list of messages is answered as a chat. Closing the iterator cancels the request.
         """
-        conversation = isinstance(prompt, Sequence) and not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
-        text, ids = self._read_chat(prompt, {}) if conversation else self._read_prompt(prompt)  # type: ignore[arg-type]
+        text, ids = self._read_chat(prompt, {}) if _is_chat(prompt) else self._read_prompt(prompt)  # type: ignore[arg-type]
         params = dataclasses.replace(params or self.default_params, output_kind=RequestOutputKind.DELTA)
         return self._stream(self.session.add(ids, params, prompt=text))
 
@@ -339,6 +338,10 @@ class LLM:
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, (str, Mapping)) or (bool(prompts) and isinstance(prompts[0], int))
+
+
+def _is_chat(prompt: Prompt | Messages) -> bool:
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _final_only(params: Params) -> Params:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,9 +25,7 @@ Words = Annotated[
 def explain(
     options: EngineOptions,
     words: Words = None,
-    diff: Annotated[
-        bool, typer.Option("--diff", help="Lines of the network's text that the disabled rules change.")
-    ] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="What --disable-rule and --rule change in the network.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Print the rewritten network itself.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -39,12 +36,8 @@ def explain(
     if rule is not None:
         explain_rule(model, rule, report, arguments)
     elif diff:
-        everything, _ = rewrite(model, **{**arguments, "disabled_rules": ()})
-        print(
-            "\n".join(
-                difflib.unified_diff(*(str(n).splitlines() for n in (everything, network)), "all", "asked", lineterm="")
-            )
-        )
+        everything, _ = rewrite(model, **{**arguments, "disabled_rules": (), "rules": ()})
+        print(everything.diff(network))
     elif text:
         print(network)
     elif as_json:
