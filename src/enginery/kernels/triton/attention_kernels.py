@@ -91,7 +91,7 @@ def attend_short(
     new_values = value + kv_head * DV + value_columns
     in_key, in_value = key_columns < DK, value_columns < DV
     table = block_tables + sequence.to(tl.int64) * table_stride
-    owners = tl.load(query_start + num_sequences)
+    num_owned = tl.load(query_start + num_sequences)
     stop = end
     if not DECODE and end - begin > BLOCK_Q:
         stop = begin
@@ -161,7 +161,7 @@ def attend_short(
             store_rows(partial_sums, place * DV, value_columns, sums, owned & (total > 0.0), DV)
 
     # Row `sequence` belongs to nobody if the batch is padded: the padding's output is zero.
-    if DECODE and (split == 0) & (sequence >= owners):
+    if DECODE and (split == 0) & (sequence >= num_owned):
         blank = tl.zeros([BLOCK_M, PADDED_DV], output.dtype.element_ty)
         offsets = sequence.to(tl.int64) * HEADS * DV + head * DV
         store_rows(output, offsets, value_columns, blank, local_token == 0, DV)
