@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from enginery import ops, rewriting
 from enginery.errors import RewriteError
 from enginery.graph_rewriting import (
     AnalysisPatternManager,
@@ -199,3 +200,27 @@ def test_instances_are_per_context_not_global():
 
 def test_the_47_kinds_are_there():
     assert len(trt.LayerType) == 47
+
+
+def test_both_examples_in_our_own_dialect():
+    class AddToSub(rewriting.PatternRewriter):
+        pattern = rewriting.Var("a") + rewriting.Var("b")
+
+        def rewrite(self, a, b):
+            return a - b
+
+    class Pack(rewriting.PatternRewriter):
+        pattern = ops.gpt_attention(rewriting.Var("qkv", where=lambda qkv: qkv.shape[0] != 1), ...)
+        changes_shape = True
+
+        def rewrite(self, network, root, qkv):
+            batch, length, hidden = qkv.shape
+            return root.replace(qkv=network.add_input("packed", (1, batch * length, hidden), qkv.dtype))
+
+    network = network_of(lambda x, y: torch.exp(x + y) + x)
+    rewriting.RewritePatternManager(AddToSub()).rewrite(network)
+    assert ops_of(network) == ["sub", "exp", "sub"]
+    network = padded_network()
+    rewriting.RewritePatternManager(Pack()).rewrite(network)
+    assert network.outputs[0].shape == (1, 8, 12)
+    network.verify()
