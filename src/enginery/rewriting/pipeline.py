@@ -16,6 +16,7 @@ from typing import Any
 from enginery import env
 from enginery.errors import UsageError
 from enginery.network import Network
+from enginery.rewriting.isolation import check_tokens_apart
 from enginery.rewriting.manager import RewritePatternManager
 from enginery.rewriting.report import Report
 from enginery.rewriting.rule import PatternRewriter
@@ -29,6 +30,7 @@ from enginery.rewriting.rules.drop_identities import DropIdentities
 from enginery.rewriting.rules.drop_views import DropViews
 from enginery.rewriting.rules.expand_baddbmm import ExpandBaddbmm
 from enginery.rewriting.rules.gather_logits import GatherEarlier, gather_output
+from enginery.rewriting.rules.group_repeated_heads import GroupRepeatedHeads
 from enginery.rewriting.rules.linear_from_matmul import BiasIntoLinear, LinearFromMatmul
 from enginery.rewriting.rules.merge_parallel_linears import MergeParallelLinears
 from enginery.rewriting.rules.merge_reshapes import MergeReshapes
@@ -71,7 +73,7 @@ USER_RULES = "user rules"
 
 PHASES: tuple[Phase, ...] = (
     Phase("canonicalise", (*TIDY, LinearFromMatmul, BiasIntoLinear, ExpandBaddbmm)),
-    Phase("recognise attention", (RecogniseAttention, *TIDY)),
+    Phase("recognise attention", (RecogniseAttention, GroupRepeatedHeads, *TIDY)),
     Phase("fuse", (MergeParallelLinears,)),
     Phase(USER_RULES),
     Phase(
@@ -126,7 +128,7 @@ def run_phases(network: Network, config: PipelineConfig | None = None) -> Pipeli
     """Rewrites the network in place.
 
     Raises UsageError for a disabled rule that there is not, RewriteError naming rule and layer if a rule breaks its
-    contract.
+    contract, UnsupportedError naming the layer if tokens meet outside attention.
     """
     config = config or PipelineConfig()
     _check_names(config)
@@ -137,6 +139,7 @@ def run_phases(network: Network, config: PipelineConfig | None = None) -> Pipeli
                 phase.prepare(network, config)
             report.phases.append((phase.name, _manager(phase, config).rewrite(network)))
             _show(number, network, *report.phases[-1])
+    check_tokens_apart(network)
     for tensor in network.constants:
         if not tensor.users and not tensor.is_output:
             network.remove_constant(tensor)

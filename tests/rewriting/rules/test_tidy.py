@@ -101,7 +101,7 @@ CASES = {
     ),
     "flatten": Case(
         ViewToReshape(),
-        f"{X}%r: float32[2, 6*n] = aten.flatten.using_ints(%x, 1, 2)\noutput r = %r",
+        f"{X}%r: float32[2, 6*n] = aten.flatten.using_ints(%x, start_dim=1, end_dim=2)\noutput r = %r",
         f"{X}%r: float32[2, 6*n] = aten.reshape(%x, [2, 6*n])\noutput r = %r",
     ),
     "two reshapes": Case(
@@ -176,7 +176,8 @@ CASES = {
         "input %x: float32[n, 6]\nconstant %c: float32[6, 4]\nconstant %b: float32[4]\n"
         "%r: float32[n, 4] = aten.addmm(%b, %x, %c)\noutput r = %r",
         "input %x: float32[n, 6]\nconstant %c: float32[6, 4]\nconstant %b: float32[4]\n"
-        "%w: float32[4, 6] = aten.transpose.int(%c, 0, 1)\n%r: float32[n, 4] = aten.linear(%x, %w, bias=%b)\noutput r = %r",
+        "%w: float32[4, 6] = aten.transpose.int(%c, 0, 1)\n"
+        "%r: float32[n, 4] = aten.linear(%x, %w, bias=%b)\noutput r = %r",
     ),
     "a bias": Case(
         BiasIntoLinear(),

@@ -38,15 +38,18 @@ class BiasIntoLinear(PatternRewriter):
     root_layer = (aten.add.Tensor,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:
-        product: Any
-        bias: Any
         first, second, alpha = layer.args
-        for product, bias in ((first, second), (second, first)):
-            if not isinstance(product, Tensor) or not isinstance(bias, Tensor) or product.parent is None or alpha != 1:
-                continue
-            linear = product.parent
-            if linear.op is aten.linear.default and linear.args[2] is None and len(product.users) == 1:
-                x, weight, _ = linear.args
-                if bias.is_constant and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype:
+        if isinstance(second, Tensor) and alpha == 1:
+            pairs: Any = ((first, second), (second, first))
+            for product, bias in pairs:
+                linear = product.parent
+                if linear is not None and linear.op is aten.linear.default and _takes(linear, bias):
+                    x, weight, _ = linear.args
                     return F.linear(x, weight, bias)
         return None
+
+
+def _takes(linear: Layer, bias: Tensor) -> bool:
+    _, weight, old = linear.args
+    fits = bias.is_constant and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
+    return fits and old is None and len(linear.output.users) == 1

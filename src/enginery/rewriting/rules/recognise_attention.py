@@ -1,9 +1,10 @@
 """softmax(f(q·kᵀ))·v = attention(q, k, v, scale, window, slopes)   where f(s) = scale·s + slope·j, −∞ outside the mask
 
-Models that spell their attention out build f in many ways: masks of comparisons or tables, biases added before or after the
-scale, in one step or five. So f is not matched but measured: whatever lies between the product and the softmax depends on
-nothing but positions, and is run on a short sequence, once with zeros and once with random numbers for q·kᵀ. What comes
-out is compared, element by element, with a causal mask, a window, ALiBi's linear bias (Press et al., ICLR 2022) and a scale.
+Models that spell their attention out build f in many ways: masks of comparisons or tables, biases added before or after
+the scale, in one step or five. So f is not matched but measured: whatever lies between the product and the softmax
+depends on nothing but positions, and is run on a short sequence, once with zeros and once with random numbers for q·kᵀ.
+What comes out is compared, element by element, with a causal mask, a window, ALiBi's linear bias (Press et al., ICLR
+2022) and a scale.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 ORDER_KEEPING = (aten.reshape.default, aten.to.dtype, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim)
 SHORTEST, LONGEST = 17, 1024
-"""tokens of the sequence on which f is measured: longer than any window that its literals may spell, if that is short"""
+"""tokens of the sequence on which f is measured: longer than any window that its literals may spell, up to a limit"""
+NOISE = 64.0
+"""size of the random products: large enough that a soft cap bends them"""
 MASKED = -1e4
 """scores below this are masked: models write −10⁴, the least float, or −∞"""
 
@@ -49,13 +52,13 @@ class RecogniseAttention(PatternRewriter):
             product = _only_product(softmax.inputs[0])
             query, key = product.args[0], product.args[1].transpose(-1, -2)
             measured = _measure(softmax.inputs[0], product.output)
-        rows = [_token_major(tensor.to(value.dtype)) for tensor in (query, key, value)]
+        rows: list[Any] = [_token_major(tensor.to(value.dtype)) for tensor in (query, key, value)]
         result = _attention(layer, rows, measured).transpose(0, 1)
         return result.reshape(layer.output.shape).to(layer.output.dtype)
 
 
 def _attention(layer: Layer, rows: list[Any], measured: Measured) -> Any:
-    slopes = measured.slopes
+    slopes: Any = measured.slopes
     if slopes is not None:
         slopes = layer.network.add_constant(f"{layer.name}.alibi_slopes", tuple(slopes.shape), slopes.dtype, slopes)
     return ops.attention(*rows, measured.scale, True, measured.window, None, None, slopes)
@@ -78,7 +81,7 @@ def _through(tensor: Tensor, transparent: tuple[Any, ...]) -> Layer | None:
 
 
 def _only_product(scores: Tensor) -> Layer:
-    """The product of queries and keys among the ancestors of the scores; what else there is depends on positions alone."""
+    """The product of queries and keys among the ancestors of the scores; the others depend on positions alone."""
     products = [layer for layer in _ancestors([scores], stop=PRODUCTS) if layer.op in PRODUCTS]
     if len(products) != 1:
         raise MatchFailure(f"the scores come from {len(products)} products")
@@ -104,15 +107,15 @@ def _measure(scores: Tensor, product: Tensor) -> Measured:
     heads = product.shape[-3]
     shape = [size if isinstance(size, int) else length for size in product.shape]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(shape, generator=generator).to(product.dtype)
+    noise = NOISE * torch.randn(shape, generator=generator).to(product.dtype)
     bias, mixed = (_run(layers, scores, length, {product: given}) for given in (torch.zeros_like(noise), noise))
     bias, mixed, noise = (_per_head(tensor, heads, length) for tensor in (bias, mixed, noise))
     seen = bias > MASKED
     scale = _scale(scores, product)
-    tolerance = 1e-5 if product.dtype == torch.float32 else 0.05
-    if ((mixed - bias - scale * noise).abs() * seen).max() > tolerance * bias[seen].abs().max().clamp(min=1.0):
+    exactness = _exactness(layers, scores)
+    if not (mixed - bias - scale * noise)[seen].abs().max() <= exactness * mixed[seen].abs().max():
         raise MatchFailure("the scores are no scaled product plus a bias")
-    return Measured(scale, *_shape_of(bias, seen, _exactness(layers, scores)))
+    return Measured(scale, *_shape_of(bias, seen, exactness))
 
 
 def _measure_mask(layer: Layer) -> Measured:
@@ -147,8 +150,7 @@ def _shape_of(bias: torch.Tensor, seen: torch.Tensor, tolerance: float) -> tuple
     slopes = (last @ centred) / max(float(centred @ centred), 1.0)
     line = slopes[:, None, None] * distance
     offset = bias.diagonal(dim1=-2, dim2=-1)[..., None]
-    error = ((bias - offset - line) * seen).nan_to_num(posinf=0.0, neginf=0.0).abs().max()
-    if error > tolerance * max(1.0, float(bias[seen].abs().max())):
+    if not (bias - offset - line)[seen].abs().max() <= tolerance * max(1.0, float(bias[seen].abs().max())):
         raise MatchFailure("the bias is not linear in the distance")
     window = width if width < length else None
     return window, slopes.float() if slopes.abs().max() > 1e-7 else None
