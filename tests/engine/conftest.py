@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.engine.decoder import Decoder, Imported, imported, reader
 
 from enginery.engine.builder import build
 from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
 from enginery.kernels.table import TABLE
-from tests.engine.decoder import Decoder, Imported, imported, reader
 
 CONFIG = BuildConfig(max_num_seqs=8, max_num_batched_tokens=64)
 EAGER = BuildConfig(max_num_seqs=8, max_num_batched_tokens=64, backend="eager")
@@ -71,7 +71,9 @@ def source(network_of_model: Imported) -> Imported:
 
 
 @pytest.fixture(scope="session")
-def built_eagerly(tmp_path_factory: pytest.TempPathFactory, in_cache: None, model: Decoder, network_of_model: Imported) -> Path:
+def built_eagerly(
+    tmp_path_factory: pytest.TempPathFactory, in_cache: None, model: Decoder, network_of_model: Imported
+) -> Path:
     directory = tmp_path_factory.mktemp("eager") / "engine"
     source = Imported(network_of_model.network.copy(), network_of_model.facts)
     build(source, reader(model), EAGER, directory).close()

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.engine.conftest import CONFIG
+from tests.engine.decoder import Batcher, Decoder, random_tokens
 
 from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.engine import Engine
 from enginery.errors import EngineFileError, StepError
-from tests.engine.conftest import CONFIG
-from tests.engine.decoder import Batcher, Decoder, random_tokens
 
 
 def test_prefill_decode_and_mixed_steps_equal_the_model(compiled: Engine, model: Decoder) -> None:
@@ -62,7 +62,9 @@ def test_a_forked_sequence_goes_on_from_copied_blocks(compiled: Engine, model: D
     torch.testing.assert_close(compiled.execute(inputs), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_regions_are_compiled_once_and_found_again(compiled: Engine, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regions_are_compiled_once_and_found_again(
+    compiled: Engine, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packages = list((cache / "regions" / fingerprint("cpu")).glob("*.pt2"))
     assert {path.stem for path in packages} >= set(compiled.regions.distinct)
     monkeypatch.setattr("enginery.engine.compile.lower", refuse_to_compile)
@@ -86,7 +88,9 @@ def test_an_engine_of_this_user_brings_its_code_along(
     torch.testing.assert_close(engine.execute(inputs), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_code_of_somebody_else_is_compiled_again_unless_trusted(compiled: Engine, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_somebody_else_is_compiled_again_unless_trusted(
+    compiled: Engine, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("enginery.engine.compile.lower", refuse_to_compile)
     with pytest.raises(AssertionError):
         Engine.load(compiled.directory, CONFIG)
@@ -105,12 +109,20 @@ def test_a_cache_that_others_may_write_is_refused(compiled: Engine, fresh_cache:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("token_ids", [96], "token id"), ("token_ids", [-1], "token id"), ("positions", [256], "position"),
-        ("slot_mapping", [1 << 40], "slot"), ("block_tables", [[1 << 20]], "block"), ("logits_indices", [1], "logits index"),
-        ("seq_lens", [17], "sequence length"), ("positions", [0, 1], "disagree"), ("query_start", [0, 2], "disagree"),
+        ("token_ids", [96], "token id"),
+        ("token_ids", [-1], "token id"),
+        ("positions", [256], "position"),
+        ("slot_mapping", [1 << 40], "slot"),
+        ("block_tables", [[1 << 20]], "block"),
+        ("logits_indices", [1], "logits index"),
+        ("seq_lens", [17], "sequence length"),
+        ("positions", [0, 1], "disagree"),
+        ("query_start", [0, 2], "disagree"),
     ],
-)  # fmt: skip
-def test_a_batch_outside_of_the_limits_is_refused(compiled: Engine, field: str, value: list, message: str, model: Decoder) -> None:
+)
+def test_a_batch_outside_of_the_limits_is_refused(
+    compiled: Engine, field: str, value: list, message: str, model: Decoder
+) -> None:
     batcher = Batcher(model)
     inputs, _ = batcher.step([(batcher.add([3]), 1)])
     inputs = dataclasses.replace(inputs, block_tables=inputs.block_tables[:, :1])

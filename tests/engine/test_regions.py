@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.engine.decoder import Decoder, imported, reader
 
 from enginery.engine.binding import WeightEvaluator, split
 from enginery.engine.regions import Outline, outline
 from enginery.network import Network
 from enginery.rewriting.pipeline import run_phases
-from tests.engine.decoder import Decoder, imported, reader
 
 
 def rewritten(model: Decoder) -> Network:
@@ -75,8 +75,8 @@ def example_inputs(network: Network, tokens: int) -> list[torch.Tensor]:
     known = {
         "token_ids": torch.randint(0, 96, (tokens,)), "positions": torch.arange(tokens),
         "slot_mapping": torch.arange(tokens) + 16, "block_tables": torch.tensor([[1, 2]], dtype=torch.int32),
-        "query_start": torch.tensor([0, tokens], dtype=torch.int32), "seq_lens": torch.tensor([tokens], dtype=torch.int32),
-        "logits_indices": torch.tensor([tokens - 1, 3]),
+        "query_start": torch.tensor([0, tokens], dtype=torch.int32), "seq_lens": torch.tensor([tokens],
+        dtype=torch.int32), "logits_indices": torch.tensor([tokens - 1, 3]),
     }  # fmt: skip
     return [known[t.name] if t.name in known else torch.zeros([4, *t.shape[1:]], dtype=t.dtype) for t in network.inputs]
 

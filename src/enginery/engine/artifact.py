@@ -1,10 +1,10 @@
 """An engine on disk: data and digests, and compiled code that is not trusted.
 
-    engine.json                        what it is; digest of every other file
-    network.txt                        the network that runs in every step, in text
-    weights-00001-of-0000N.safetensors its constants
-    tokenizer.json, …                  files of the checkpoint that are carried along
-    kernels/FINGERPRINT/KEY.pt2        compiled regions; may be missing or for another machine
+engine.json                        what it is; digest of every other file
+network.txt                        the network that runs in every step, in text
+weights-00001-of-0000N.safetensors its constants
+tokenizer.json, …                  files of the checkpoint that are carried along
+kernels/FINGERPRINT/KEY.pt2        compiled regions; may be missing or for another machine
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class ArtifactWriter:
             files = _files(self.directory)
             digests = file_digests([self.directory / name for name in files])
             entries = {
-                name: FileEntry((self.directory / name).stat().st_size, digests[self.directory / name]) for name in files
+                name: FileEntry((self.directory / name).stat().st_size, digests[self.directory / name])
+                for name in files
             }
             manifest = dataclasses.replace(manifest, files=entries)
             write_file(self.directory / NAME, manifest.to_bytes())
@@ -91,8 +92,8 @@ class ArtifactWriter:
 def writing(target: Path, weight_bytes: int) -> Iterator[ArtifactWriter]:
     """`with writing(directory, bytes) as writer`: the engine appears in `directory` when the block ends well.
 
-    Raises UsageError if `directory` holds something that is no engine, ResourceError where the disk is full. A former engine
-    in `directory` stays until then.
+    Raises UsageError if `directory` holds something that is no engine, ResourceError where the disk is full. A former
+    engine in `directory` stays until then.
     """
     target = Path(target)
     _require_replaceable(target)
@@ -132,8 +133,8 @@ class Artifact:
 def open_artifact(directory: Path, *, report: Callable[[str, int, int], None] | None = None) -> Artifact:
     """Verifies every byte and reads the network.
 
-    Raises EngineFileError: a file is missing, changed, too many or a link; the format is not this version's; the network is
-    invalid. Compiled regions may be missing.
+    Raises EngineFileError: a file is missing, changed, too many or a link; the format is not this version's; the
+    network is invalid. Compiled regions may be missing.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)

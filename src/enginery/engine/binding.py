@@ -1,13 +1,14 @@
 """Binding weights: what is known at build time is computed once, tensor by tensor, and the network is left with names.
 
-Layers over constants alone (a fused weight, a packed weight, a rotary table) are expressions. `split` separates them from the
-layers that run in every step; `WeightEvaluator` computes their values one at a time, so that the peak is one expression.
+Layers over constants alone (a fused weight, a packed weight, a rotary table) are expressions. `split` separates them
+from the layers that run in every step; `WeightEvaluator` computes their values one at a time, so that the peak is one
+expression.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,9 @@ class WeightEvaluator:
         results = self._run(layer, {source: self._values[source] for source in layer.inputs})
         for source in layer.inputs:
             self._take(source)
-        self._values.update((out, value) for out, value in zip(layer.outputs, results, strict=True) if self._readers[out])
+        self._values.update(
+            (out, value) for out, value in zip(layer.outputs, results, strict=True) if self._readers[out]
+        )
 
     def _take(self, tensor: Tensor) -> torch.Tensor:
         """The value, forgotten here if nobody else will read it."""
@@ -129,24 +132,29 @@ class WeightEvaluator:
         if value is None:
             value = self._read(tensor.name)
         if tuple(value.shape) != tensor.shape:
-            raise BuildError(f"weight {tensor.name} has shape {list(value.shape)} where the network has {list(tensor.shape)}")
+            raise BuildError(
+                f"weight {tensor.name} has shape {list(value.shape)} where the network has {list(tensor.shape)}"
+            )
         return value.to(tensor.dtype)
 
-    def _run(self, layer: Layer, values: dict[Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        def fill(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return values[value]
-            return [fill(item) for item in value] if isinstance(value, tuple) else value
-
+    def _run(self, layer: Layer, values: Mapping[Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         known = signature(layer.op)
-        args = [fill(value) for i, value in enumerate(layer.args) if i not in known.keyword_only]
-        named = {known.names[i]: fill(layer.args[i]) for i in known.keyword_only}
+        filled = [_fill(value, values) for value in layer.args]
+        args = [value for i, value in enumerate(filled) if i not in known.keyword_only]
+        named = {known.names[i]: filled[i] for i in known.keyword_only}
         try:
             result = layer.op(*args, **named)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BuildError(f"weight expression {layer.name} ({operator_name(layer.op)}) failed: {line}") from error
         return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def _fill(value: Any, values: Mapping[Tensor, torch.Tensor]) -> Any:
+    """An argument with tensors in the place of their names. No closure: its cycle would keep the tensors alive."""
+    if isinstance(value, Tensor):
+        return values[value]
+    return [_fill(item, values) for item in value] if isinstance(value, tuple) else value
 
 
 __all__ = ["Read", "Split", "WeightEvaluator", "nbytes", "split"]

@@ -1,4 +1,6 @@
-"""Building an engine: rewrite the network, cut it into regions, compile them while the weights are bound, write, open."""
+"""Building an engine: rewrite the network, cut it into regions, compile them while the weights are bound, write,
+open.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Where compiled regions are kept: a directory of the user's own. Compiled code is loaded from here and from nowhere else.
+"""Where compiled regions are kept: a directory of the user's own. Compiled code is loaded from here and from nowhere
+else.
 
     CACHE/regions/FINGERPRINT/KEY.pt2
 
-FINGERPRINT stands for all that compiled code depends on beside the region itself: torch, this package, the operators, the
-device, the instruction set. Code that comes with an engine directory is taken in only if it carries this user's signature (it
-was compiled here, by this user) or if the caller says that it may be trusted.
+FINGERPRINT stands for all that compiled code depends on beside the region itself: torch, this package, the operators,
+the device, the instruction set. Code that comes with an engine directory is taken in only if it carries this user's
+signature (it was compiled here, by this user) or if the caller says that it may be trusted.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ class CodeCache:
         return self._signature({path.name: path.read_bytes() for path in paths}).encode()
 
     def adopt(self, paths: Mapping[str, Path], *, trust: bool) -> list[str]:
-        """Copies compiled regions of an engine directory into the cache; gives their keys, or none if they are not trusted."""
+        """Copies compiled regions of an engine directory into the cache; gives their keys, or none if they are not
+        trusted.
+        """
         if not paths:
             return []
         try:
@@ -135,7 +138,9 @@ def _private_directory(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise ResourceError(f"cannot create {path}: {error.strerror}", "Name another directory in ENGINERY_CACHE") from None
+        raise ResourceError(
+            f"cannot create {path}: {error.strerror}", "Name another directory in ENGINERY_CACHE"
+        ) from None
     _refuse_foreign(path)
     return path
 

@@ -1,9 +1,10 @@
-"""Compiling regions ahead of time: a region's network -> torch.export -> AOTInductor -> one package that can be loaded and run.
+"""Compiling regions ahead of time: a region's network -> torch.export -> AOTInductor -> one package that can be loaded
+and run.
 
-Weights, KV pools and the batch's tables are inputs of the compiled code; it holds no data. Operators of ours stay calls;
-everything between them is fused by Inductor. All sizes that depend on the batch are symbolic, so one compilation serves every
-batch: on a CPU a decode profile of its own would change nothing but the number of threads of the glue, which the compiled
-code decides by the number of rows (`native.serial_when_small`).
+Weights, KV pools and the batch's tables are inputs of the compiled code; it holds no data. Operators of ours stay
+calls; everything between them is fused by Inductor. All sizes that depend on the batch are symbolic, so one compilation
+serves every batch: on a CPU a decode profile of its own would change nothing but the number of threads of the glue,
+which the compiled code decides by the number of rows (`native.serial_when_small`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ MODEL = "model"
 
 
 class Compilation:
-    """Compiles distinct regions, the Python part now, the C++ compilers in the background. `wait` gives the packages."""
+    """Compiles distinct regions, the Python part now, the C++ compilers in the background. `wait` gives the
+    packages.
+    """
 
     def __init__(self, cache: CodeCache, device: str, report: Report | None = None) -> None:
         self._cache = cache
@@ -45,7 +48,9 @@ class Compilation:
         self._total = 0
 
     def start(self, regions: Mapping[str, Region]) -> None:
-        """Takes from the cache what is there and begins to compile the rest. Raises ResourceError without a compiler."""
+        """Takes from the cache what is there and begins to compile the rest. Raises ResourceError without a
+        compiler.
+        """
         self._done = {key: path for key in regions if (path := self._cache.find(key)) is not None}
         missing = {key: region for key, region in regions.items() if key not in self._done}
         self._total = len(missing)
@@ -97,7 +102,7 @@ def lower(network: Network, device: torch.device, scratch: Path) -> list[Path]:
         try:
             module = _with_plain_outputs(network).to_graph_module(device)
             program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
-            files = torch._inductor.aot_compile(program.module(), examples, options=_options(device))  # type: ignore[arg-type]
+            files: Any = torch._inductor.aot_compile(program.module(), examples, options=_options(device))
         except Exception as error:  # export and Inductor raise errors of many classes
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise BuildError(f"a region cannot be compiled: {line}", "Use --backend eager") from error
@@ -182,7 +187,7 @@ def load(path: Path, device: str) -> Run:
     """The compiled region, ready to run. Single-threaded: one step runs at a time, and CUDA graphs can capture it."""
     index = torch.cuda.current_device() if device == "cuda" else -1
     try:
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL, True, 1, index)  # type: ignore[attr-defined]
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL, True, 1, index)
     except RuntimeError as error:
         line = str(error).splitlines()[0][:200]
         raise BuildError(f"compiled region {path} does not load: {line}", f"Remove {path}") from None

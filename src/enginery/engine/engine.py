@@ -18,7 +18,7 @@ from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.compile import Compilation, load
 from enginery.engine.config import BuildConfig
 from enginery.engine.manifest import Facts, Manifest
-from enginery.engine.memory import MemoryPlan, caches, plan_memory
+from enginery.engine.memory import MemoryPlan, caches, plan_memory, pool_shape
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.engine.regions import Outline, outline
 from enginery.engine.steps import CompiledStep, EagerStep, Step
@@ -169,12 +169,13 @@ class Engine:
         blocks = self.limits.num_blocks
         try:
             return {
-                pool.name: torch.zeros([blocks, *map(int, pool.shape[1:])], dtype=pool.dtype, device=self.device)  # type: ignore[arg-type]
+                pool.name: torch.zeros(blocks, *pool_shape(pool), dtype=pool.dtype, device=self.device)
                 for pool in caches(network)
             }
         except RuntimeError:
             raise ResourceError(
-                f"the KV cache of {self.plan.kv_cache >> 20} MiB cannot be allocated on {self.device}", "Lower --kv-cache-memory"
+                f"the KV cache of {self.plan.kv_cache >> 20} MiB cannot be allocated on {self.device}",
+                "Lower --kv-cache-memory",
             ) from None
 
 
@@ -192,7 +193,9 @@ def check_inputs(inputs: StepInputs, limits: EngineLimits) -> None:
     """Raises StepError for a batch that would read or write outside of the engine's tensors."""
     tokens, sequences = len(inputs.token_ids), len(inputs.seq_lens)
     if not 1 <= tokens <= limits.max_num_tokens:
-        raise StepError(f"a step of {tokens} tokens is outside 1..{limits.max_num_tokens}", "See --max-num-batched-tokens")
+        raise StepError(
+            f"a step of {tokens} tokens is outside 1..{limits.max_num_tokens}", "See --max-num-batched-tokens"
+        )
     lengths = (len(inputs.positions), len(inputs.slot_mapping), int(inputs.query_start[-1]))
     if lengths != (tokens, tokens, tokens) or len(inputs.query_start) != sequences + 1 != len(inputs.block_tables) + 1:
         raise StepError("the arrays of a step disagree about its tokens or sequences")
@@ -215,14 +218,17 @@ def check_inputs(inputs: StepInputs, limits: EngineLimits) -> None:
 def _require_same(manifest: Manifest, config: BuildConfig, directory: Path) -> None:
     if config.dtype not in ("auto", manifest.facts.dtype):
         raise UsageError(
-            f"{directory} was built in {manifest.facts.dtype}, not {config.dtype}", "Leave --dtype out, or build it again"
+            f"{directory} was built in {manifest.facts.dtype}, not {config.dtype}",
+            "Leave --dtype out, or build it again",
         )
     if config.device not in ("auto", manifest.device):
         raise UsageError(
             f"{directory} was built for {manifest.device}, not {config.device}", "Leave --device out, or build it again"
         )
     if manifest.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"{directory} was built for cuda and torch finds no CUDA device", "Build it again with --device cpu")
+        raise UsageError(
+            f"{directory} was built for cuda and torch finds no CUDA device", "Build it again with --device cpu"
+        )
 
 
 def _set_threads() -> None:

@@ -128,7 +128,9 @@ def _require_format(content: Mapping[str, Any], path: Path) -> None:
         raise EngineFileError(f"{path} names no format", REBUILD)
     if found != FORMAT:
         age = "newer than" if found > FORMAT else "older than"
-        raise EngineFileError(f"{path.parent} has engine format {found}, {age} format {FORMAT} of this version", REBUILD)
+        raise EngineFileError(
+            f"{path.parent} has engine format {found}, {age} format {FORMAT} of this version", REBUILD
+        )
 
 
 def _manifest(content: Mapping[str, Any]) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,8 +59,16 @@ class MemoryPlan:
         limits = self.limits
         rows = (
             ("weights", self.weights, ""),
-            ("activations", self.activations, f"{limits.max_num_tokens} tokens a step, {limits.max_num_seqs} sequences"),
-            ("KV cache", self.kv_cache, f"{limits.num_blocks} blocks of {limits.block_size} tokens, {_human(self.block)} each"),
+            (
+                "activations",
+                self.activations,
+                f"{limits.max_num_tokens} tokens a step, {limits.max_num_seqs} sequences",
+            ),
+            (
+                "KV cache",
+                self.kv_cache,
+                f"{limits.num_blocks} blocks of {limits.block_size} tokens, {_human(self.block)} each",
+            ),
             ("total", self.total, f"{_human(self.available)} available on {self.device}"),
         )
         return "\n".join(f"{name:12} {_human(size):>10}  {note}".rstrip() for name, size, note in rows)
@@ -70,8 +79,15 @@ def caches(network: Network) -> list[Tensor]:
     return [tensor for tensor in network.inputs if tensor.name.startswith(_CACHES)]
 
 
+def pool_shape(cache: Tensor) -> tuple[int, ...]:
+    """Of one block of a pool: heads, tokens, size of a head."""
+    return tuple(evaluate(size, {}) for size in cache.shape[1:])
+
+
 def plan_memory(network: Network, outline: Outline, facts: Facts, config: BuildConfig, device: str) -> MemoryPlan:
-    """Divides the device's memory. Raises ResourceError where not even one sequence fits, with the length that would."""
+    """Divides the device's memory. Raises ResourceError where not even one sequence fits, with the length that
+    would.
+    """
     tokens = config.max_num_batched_tokens or DEFAULT_TOKENS[device]
     wanted = config.max_model_len or facts.max_position_embeddings
     if wanted > facts.max_position_embeddings:
@@ -106,25 +122,29 @@ def _with_blocks(plan: MemoryPlan, config: BuildConfig) -> EngineLimits:
     fits = blocks * limits.block_size
     if fits >= limits.max_model_len:
         return replace(limits, num_blocks=blocks)
-    need = -(-limits.max_model_len // limits.block_size) * plan.block
     if fits == 0 or config.max_model_len is not None:
+        need = _human(-(-limits.max_model_len // limits.block_size) * plan.block)
         raise ResourceError(
-            f"the KV cache of {_human(memory)} is too small for one sequence of {limits.max_model_len} tokens, which needs {_human(need)}",
+            f"a sequence of {limits.max_model_len} tokens needs a KV cache of {need} and there is {_human(memory)}",
             f"Set --max-model-len to at most {fits}, or raise --kv-cache-memory" if fits else "Raise --kv-cache-memory",
         )
     return replace(limits, num_blocks=blocks, max_model_len=fits)
 
 
 def _block_bytes(cache: Tensor) -> int:
-    size = cache.dtype.itemsize
-    for axis in cache.shape[1:]:
-        size *= int(axis)  # type: ignore[arg-type]
-    return size
+    return math.prod(pool_shape(cache)) * cache.dtype.itemsize
 
 
 def activation_bytes(outline: Outline, tokens: int, sequences: int, vocabulary: int) -> int:
-    """Peak of the intermediate values in the largest region, the values that wait for a later region, and the logits."""
-    sizes = {"tokens": tokens, "logits": min(sequences, tokens), "sequences": sequences, "sequences_plus_1": sequences + 1}
+    """Peak of the intermediate values in the largest region, the values that wait for a later region, and the
+    logits.
+    """
+    sizes = {
+        "tokens": tokens,
+        "logits": min(sequences, tokens),
+        "sequences": sequences,
+        "sequences_plus_1": sequences + 1,
+    }
     peak = max((_region_peak(region.network, sizes) for region in outline.distinct.values()), default=0)
     crossing = max((sum(_size(t, sizes) for t in region.results) for region in outline.regions), default=0)
     return peak + 2 * crossing + 4 * vocabulary * sizes["logits"]
@@ -175,4 +195,4 @@ def _human(size: int) -> str:
     return f"{size} B"
 
 
-__all__ = ["MemoryPlan", "activation_bytes", "available_memory", "caches", "plan_memory"]
+__all__ = ["MemoryPlan", "activation_bytes", "available_memory", "caches", "plan_memory", "pool_shape"]

@@ -1,8 +1,8 @@
 """From the C++ that Inductor writes for a region to a shared library, with the compiler in our hands.
 
-Inductor compiles one region after another, with its own choice of effort. Here the compilers of all regions run side by side;
-the host code of a region, which runs once a step, is compiled with little effort and its kernels with much; and a kernel
-starts threads only where there is work for them (one token of decoding is a few microseconds of glue).
+Inductor compiles one region after another, with its own choice of effort. Here the compilers of all regions run side by
+side; the host code of a region, which runs once a step, is compiled with little effort and its kernels with much; and a
+kernel starts threads only where there is work for them (one token of decoding is a few microseconds of glue).
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def build_library(sources: Sequence[Path], output: Path) -> list[Path]:
 
 
 def split_source(text: str) -> tuple[str, str]:
-    """Host code and kernels; the second is empty where the file is not laid out as expected, and then all is in the first."""
+    """Host code and kernels; the second is empty where the file is not laid out as expected, and then all is in the
+    first.
+    """
     place = text.find(_KERNEL_INCLUDE)
     if place < 0:
         return text, ""
@@ -109,7 +111,9 @@ def _compile_command(flags: Mapping[str, Any]) -> list[str]:
 
 
 def _link_command(flags: Mapping[str, Any], objects: Sequence[Path], output: Path) -> list[str]:
-    """Links the very OpenMP runtime that torch has loaded: a second one would bring threads that fight for the same cores."""
+    """Links the very OpenMP runtime that torch has loaded: a second one would bring threads that fight for the same
+    cores.
+    """
     libraries = Path(torch.__file__).parent / "lib"
     openmp = sorted(str(path) for path in libraries.glob("libgomp*.so*"))
     command = [compiler(), "-shared", "-fPIC", "-z", "noexecstack", *map(str, objects), "-o", str(output)]
@@ -147,7 +151,9 @@ def _first_error(printed: bytes) -> str:
 def _only(paths: Sequence[Path], ending: str) -> Path:
     found = [path for path in paths if path.name.endswith(ending)]
     if len(found) != 1:
-        raise BuildError(f"torch {torch.__version__} gave {len(found)} files {ending} for a region", "Use --backend eager")
+        raise BuildError(
+            f"torch {torch.__version__} gave {len(found)} files {ending} for a region", "Use --backend eager"
+        )
     return found[0]
 
 

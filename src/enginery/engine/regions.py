@@ -4,10 +4,10 @@
     block 0..   one per repeated layer; all that are equal share one compilation
     epilogue    what comes after them (gather, norm, head)
 
-A region is a network of its own, whose inputs are the values that reach it from outside: weights, KV pools, tables of the
-batch, and activations of earlier regions. Two regions are equal if their networks have the same text; inputs are named by
-their place in the layer, not by the layer's number, so that the texts of repeated layers agree. What stands for each input is
-the region's bindings.
+A region is a network of its own, whose inputs are the values that reach it from outside: weights, KV pools, tables of
+the batch, and activations of earlier regions. Two regions are equal if their networks have the same text; inputs are
+named by their place in the layer, not by the layer's number, so that the texts of repeated layers agree. What stands
+for each input is the region's bindings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _CACHE = re.compile(r"(key_cache|value_cache)\.\d+\Z")
 
 @dataclass(frozen=True)
 class Region:
-    """A piece of a network. `bindings[i]` is the tensor of the whole network behind input i, `results[i]` that of output i."""
+    """A piece of a network. `bindings[i]` is the tensor of the whole network behind input i, `results[i]` that of
+    output i.
+    """
 
     name: str
     network: Network
@@ -116,7 +118,8 @@ def _repeated(layers: Sequence[Layer]) -> _Container | None:
 def _assign(layers: Sequence[Layer], container: _Container) -> list[int]:
     """A group for each layer: 0 before the blocks, 1 + i for block i, count + 1 behind them.
 
-    A layer goes no earlier than its inputs. One of no block goes as early as it can, or behind the blocks if it stands there.
+    A layer goes no earlier than its inputs. One of no block goes as early as it can, or behind the blocks if it stands
+    there.
     """
     indices = [container.index(layer.module_path) for layer in layers]
     end = max(i for i, index in enumerate(indices) if index is not None)
@@ -199,7 +202,9 @@ def _outside(network: Network, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     found = dict.fromkeys(tensor for layer in layers for tensor in layer.inputs if tensor not in own)
     given = {size.name for tensor in found for size in tensor.shape if isinstance(size, Dim)}
     for symbol in sorted(_symbols(layers) - given):
-        source = next((t for t in network.inputs if any(isinstance(s, Dim) and s.name == symbol for s in t.shape)), None)
+        source = next(
+            (t for t in network.inputs if any(isinstance(s, Dim) and s.name == symbol for s in t.shape)), None
+        )
         if source is not None:
             found.setdefault(source)
     return tuple(found)

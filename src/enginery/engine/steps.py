@@ -33,7 +33,11 @@ class CompiledStep:
     """All regions of an outline, one after another."""
 
     def __init__(
-        self, outline: Outline, runs: Mapping[str, Run], fixed: Mapping[str, torch.Tensor], step_inputs: Sequence[Tensor]
+        self,
+        outline: Outline,
+        runs: Mapping[str, Run],
+        fixed: Mapping[str, torch.Tensor],
+        step_inputs: Sequence[Tensor],
     ) -> None:
         """`fixed` are weights and KV pools by name, `runs` the compiled regions by key."""
         self._slots = {tensor: i for i, tensor in enumerate(step_inputs)}

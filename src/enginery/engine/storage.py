@@ -1,8 +1,8 @@
 """Writing a directory so that a reader sees the old one or the new one, never half of either.
 
-Files are written into a hidden directory beside the target, flushed to the disk, and moved into place by one rename (two
-directories change places in one system call). The hidden directory is locked while its writer lives; what a killed writer
-left behind is found by its free lock and removed by the next one.
+Files are written into a hidden directory beside the target, flushed to the disk, and moved into place by one rename
+(two directories change places in one system call). The hidden directory is locked while its writer lives; what a killed
+writer left behind is found by its free lock and removed by the next one.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,17 +27,19 @@ _MAX_WRITE = 1 << 30
 
 @contextmanager
 def replacing(target: Path, need: int) -> Iterator[Path]:
-    """Gives an empty directory that takes the place of `target` when the block ends well, and vanishes when it does not.
+    """Gives an empty directory that takes the place of `target` when the block ends well, and vanishes when it does
+    not.
 
-    `need` is the number of bytes that will be written. Raises ResourceError where they do not fit, before and during the
-    writing, and EngineFileError where the place cannot be written; `target` is then as it was.
+    `need` is the number of bytes that will be written. Raises ResourceError where they do not fit, before and during
+    the writing, and EngineFileError where the place cannot be written; `target` is then as it was.
     """
     target = Path(os.path.abspath(target))
     with errors_told(target, need):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         _require_space(target.parent, need)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+        scratch = target.with_name(f".{target.name}.building-{secrets.token_hex(4)}")
+        os.mkdir(scratch)
     lock: int | None = None
     try:
         with errors_told(target, need):
@@ -95,7 +97,9 @@ def _no_space(directory: Path, need: int) -> ResourceError:
 
 
 def _lock(scratch: Path) -> int:
-    """Holds a lock on the directory as long as this process lives; without effect where the file system has no locks."""
+    """Holds a lock on the directory as long as this process lives; without effect where the file system has no
+    locks.
+    """
     descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +133,6 @@ def _flush_directory(directory: Path) -> None:
 
 
 def _put_in_place(scratch: Path, target: Path) -> None:
-    os.chmod(scratch, 0o755)
     if target.exists():
         _exchange(scratch, target)
     else:

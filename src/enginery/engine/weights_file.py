@@ -1,7 +1,8 @@
 """Weight files of an engine: safetensors whose places are known before the first value is computed.
 
-Shapes and dtypes of all weights are known from the network, so each file's header is written first and every weight goes to
-its place as soon as it is computed. Within a file the weights lie in the order that keeps them aligned to 64 bytes.
+Shapes and dtypes of all weights are known from the network, so each file's header is written first and every weight
+goes to its place as soon as it is computed. Within a file the weights lie in the order that keeps them aligned to 64
+bytes.
 """
 
 from __future__ import annotations
@@ -78,16 +79,18 @@ def plan_layout(weights: Sequence[Tensor], shard_bytes: int = SHARD_BYTES) -> La
 def _plan_shard(file: str, weights: Iterable[Tensor]) -> tuple[Shard, dict[str, Place]]:
     # Whole multiples of the alignment first: they keep it for those that follow. The rest by falling element size.
     order = sorted(weights, key=lambda w: (nbytes(w) % ALIGNMENT != 0, -w.dtype.itemsize))
-    entries, position = {}, 0
+    entries: dict[str, dict[str, object]] = {}
+    begins: dict[str, int] = {}
+    position = 0
     for weight in order:
-        begin, position = position, position + nbytes(weight)
+        begins[weight.name], position = position, position + nbytes(weight)
         entries[weight.name] = {
-            "dtype": _NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": [begin, position],
+            "dtype": _NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": [begins[weight.name], position],
         }  # fmt: skip
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    places = {name: Place(file, len(header) + entry["data_offsets"][0]) for name, entry in entries.items()}
+    places = {name: Place(file, len(header) + begin) for name, begin in begins.items()}
     return Shard(file, header, len(header) + position), places
 
 
@@ -113,7 +116,7 @@ class WeightWriter:
     def write(self, name: str, value: torch.Tensor) -> None:
         place = self._layout.places[name]
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        write_at(self._files[place.file], memoryview(flat.numpy()), place.offset)
+        write_at(self._files[place.file], flat.numpy().data, place.offset)
 
     def _close(self) -> None:
         for descriptor in self._files.values():
@@ -123,7 +126,9 @@ class WeightWriter:
     def __enter__(self) -> WeightWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 for descriptor in self._files.values():
@@ -133,7 +138,9 @@ class WeightWriter:
 
 
 def map_weights(paths: Sequence[Path], expected: Sequence[Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a network as views of the mapped files. Raises EngineFileError where they are not what it needs."""
+    """The weights of a network as views of the mapped files. Raises EngineFileError where they are not what it
+    needs.
+    """
     found: dict[str, torch.Tensor] = {}
     for path in paths:
         try:
@@ -147,8 +154,9 @@ def map_weights(paths: Sequence[Path], expected: Sequence[Tensor]) -> dict[str, 
         if value is None:
             raise EngineFileError(f"{paths[0].parent}: weight {tensor.name} is missing", "Build the engine again")
         if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
+            found_type = f"{value.dtype} {list(value.shape)}"
             raise EngineFileError(
-                f"{paths[0].parent}: weight {tensor.name} is {value.dtype} {list(value.shape)} where the network needs {tensor!r}",
+                f"{paths[0].parent}: weight {tensor.name} is {found_type} where the network needs {tensor!r}",
                 "Build the engine again",
             )
     return found
