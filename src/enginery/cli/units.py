@@ -8,7 +8,7 @@ from enginery.errors import UsageError
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _BINARY = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_NUMBER = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([kKmMgGtT]?)(i?)([bB]?)\s*")
+_NUMBER = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([kKmMgGtT]?)(i?)([bB]?)\s*", re.ASCII)
 
 
 def parse_count(text: str, flag: str) -> int:

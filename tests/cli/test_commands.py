@@ -1,0 +1,117 @@
+"""The command line on the bundled model, in processes of its own, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+
+
+def enginery(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "enginery", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
+
+
+def test_run_answers_from_the_eager_backend() -> None:
+    done = enginery("run", "--backend", "eager", "--json", "What is 17 + 25?")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["text"] == "42"
+    assert answer["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == len(answer["token_ids"])
+
+
+def test_chat_keeps_the_conversation_and_resets() -> None:
+    done = enginery(
+        "chat", "--backend", "eager", stdin="What is 2 + 3?\n/reset\nReverse the word tiger\n/quit\nnever read\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["5", "regit"]
+
+
+def test_inspect_reads_no_weight_and_says_what_fits() -> None:
+    done = enginery("inspect", "--json", "--max-model-len", "512")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["facts"]["architecture"] == "LlamaForCausalLM"
+    assert found["limits"]["max_model_len"] == 512
+    assert found["bytes"]["total"] <= found["bytes"]["available"]
+
+
+def test_explain_counts_rules_and_says_why_one_did_not_fire() -> None:
+    phases = json.loads(enginery("explain", "--json").stdout)
+    applied = {label: rule["rewritten"] for phase in phases for label, rule in phase["rules"].items()}
+    assert applied["PageAttention"] == 8
+    assert applied["MergeParallelLinears"] == 16
+    one = enginery("explain", "PageAttention")
+    assert "PageAttention tried 8, matched 8, applied 8" in one.stdout
+    missed = enginery("explain", "PackTiedEmbedding", "--disable-rule", "PackLinears")
+    assert missed.returncode == 0, missed.stderr
+    assert "PackTiedEmbedding" in missed.stdout
+    assert "nearest miss" in missed.stdout
+
+
+def test_help_imports_no_torch() -> None:
+    script = (
+        "import sys; import enginery.cli.main; sys.exit(bool({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=ENVIRONMENT)
+    assert "doctor" in enginery("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("run", "/no/such/model", "hi"), 3, "/no/such/model does not exist. Give a model directory"),
+        (("run", "--dtype", "int3", "hi"), 2, "dtype is 'int3'. Set --dtype to one of"),
+        (("run", "--backend", "magic", "hi"), 2, "backend is 'magic'. Set --backend to one of"),
+        (("run", "--max-model-len", "lots", "hi"), 2, "--max-model-len 'lots' is not a count"),
+        (("run", "--max-model-len", "99999", "hi"), 2, "Set --max-model-len to at most 1024"),
+        (("run", "a", "b", "c"), 2, "Quote the prompt"),
+        (("run", "--backend", "eager", "--temperature", "-1", "hi"), 2, "temperature"),
+        (("run", "--backend", "eager", "--raw", "x " * 3000), 2, "maximum context length"),
+        (("run", "--backend", "eager", "--kv-cache-memory", "1KiB", "hi"), 4, "--kv-cache-memory"),
+        (("run", "--disable-rule", "PageAttentoin", "hi"), 2, "PageAttention"),
+        (("run", "--rule", "nothing.py:Rule", "hi"), 2, "Give FILE.py:ClassName"),
+        (("explain", "NoSuchRule"), 2, "no rule is named 'NoSuchRule'"),
+        (("frobnicate",), 2, "No such command"),
+        (("bench", "latency", "--batch-size", "0"), 2, "--batch-size 0 is out of range"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_exit_code(arguments: tuple[str, ...], code: int, words: str) -> None:
+    done = enginery(*arguments)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_errors_are_json_for_machines() -> None:
+    done = enginery("inspect", "--json", "/no/such/model")
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["error"]["type"] == "CheckpointError"
+
+
+def test_a_rule_of_the_users_own_runs_on_the_real_path(tmp_path: Path) -> None:
+    file = tmp_path / "my_rules.py"
+    file.write_text(
+        "import torch\n"
+        "from enginery.rewriting import Const, PatternRewriter, Var\n\n\n"
+        "class SiluByHand(PatternRewriter):\n"
+        '    """silu(x) -> x * sigmoid(x)"""\n\n'
+        '    pattern = torch.nn.functional.silu(Var("x"))\n\n'
+        "    def rewrite(self, x):\n"
+        "        return x * torch.sigmoid(x)\n"
+    )
+    done = enginery("explain", "SiluByHand", "--rule", f"{file}:SiluByHand")
+    assert done.returncode == 0, done.stderr
+    assert "user rules: SiluByHand tried 8, matched 8, applied 8" in done.stdout
+    answered = enginery("run", "--backend", "eager", "--rule", f"{file}:SiluByHand", "What is 17 + 25?")
+    assert answered.stdout == "42\n"
