@@ -23,7 +23,7 @@ Axes = Iterable[tuple[Tensor, int]]
 def check_tokens_apart(network: Network) -> None:
     """Raises UnsupportedError naming the first layer that combines, or may combine, tokens outside attention."""
     for layer in network:
-        if not layer.is_constant and any(_token_axes(tensor) for tensor in (*layer.inputs, *layer.outputs)):
+        if any(_token_axes(tensor) for tensor in (*layer.inputs, *layer.outputs)):
             _check(layer)
 
 
