@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from enginery.network import Network
+from enginery.ops import PANEL
 from enginery.rewriting import RewritePatternManager
 from enginery.rewriting.rules.gather_logits import GatherEarlier, gather_output
 from enginery.rewriting.rules.merge_parallel_linears import MergeParallelLinears
@@ -81,7 +82,7 @@ def test_weights_that_are_inputs_are_not_merged() -> None:
 def test_packing() -> None:
     before = f"{weights(20, bias=True)}%r: float32[n, 20] = aten.linear(%x, %w0, bias=%b0)\noutput r = %r"
     after = (
-        f"{weights(20, bias=True)}%p: float32[2, 6, 16, 1] = enginery.pack_linear(%w0)\n"
+        f"{weights(20, bias=True)}%p: float32[{-(-20 // PANEL)}, 6, {PANEL}, 1] = enginery.pack_linear(%w0)\n"
         "%r: float32[n, 20] = enginery.packed_linear(%x, %p, 20, bias=%b0)\noutput r = %r"
     )
     assert_rewrites(network(before), text(after), PackLinears())
