@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from enginery.errors import RewriteError
+from enginery.network.collection import paused_collection
 from enginery.network.network import Network
 from enginery.rewriting.binding import BoundRule, bind
 from enginery.rewriting.expectations import repeated_blocks, unmet_expectation
@@ -79,7 +80,8 @@ class RewritePatternManager:
         if broken is not None:
             run.undo()
             raise broken
-        network.verify()
+        with paused_collection():
+            network.verify()
         return run.report
 
     def explain(self, network: Network, label: str | None = None) -> dict[str, Miss | None]:

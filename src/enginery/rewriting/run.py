@@ -116,28 +116,29 @@ class Run:
         That is: the new layers, the users of new values as far down as patterns reach, the producers of what new and erased
         layers read, and whoever is left as the only user of such a value.
         """
-        added, push = edit.added, self._push
-        for layer in added:
+        for layer in edit.added:
             self._enter(layer)
-        frontier = [new for _, new in pairs]
-        for _ in range(max(self._reach - 1, 1)):
-            users: dict[Layer, None] = {}
-            for tensor in frontier:
-                users.update(dict.fromkeys(tensor._uses))
-            for user in users:
-                push(user)
-            frontier = [output for user in users for output in user.outputs]
-        sources: dict[Tensor, None] = {}
-        for layer in added:
-            sources.update(dict.fromkeys(layer._inputs))
-        for layer in erased:
-            sources.update(dict.fromkeys(layer._inputs))
-        for tensor in sources:
-            parent = tensor.parent
-            if parent is not None and not parent.is_removed:
-                push(parent)
-            if len(tensor._uses) == 1:
-                push(next(iter(tensor._uses)))
+        touched: dict[Layer, None] = {}
+        users = [user for _, new in pairs for user in new._uses]
+        touched.update(dict.fromkeys(users))
+        for _ in range(self._reach - 2):
+            users = [user for layer in users for output in layer.outputs for user in output._uses]
+            touched.update(dict.fromkeys(users))
+        for layer in (*edit.added, *erased):
+            for tensor in layer._inputs:
+                parent = tensor.parent
+                if parent is not None:
+                    touched[parent] = None
+                if len(tensor._uses) == 1:
+                    touched.update(dict.fromkeys(tensor._uses))
+        by_op, queued = self._by_op, self._queued
+        for layer in touched:
+            candidates = by_op.get(id(layer.op))
+            if candidates is None:
+                self._push(layer)
+            elif candidates and layer not in queued:
+                queued.add(layer)
+                self._queue.append(layer)
 
     # One offer
 
