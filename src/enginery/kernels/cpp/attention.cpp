@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -25,17 +26,18 @@ static_assert(kBlock <= kChunk && kBlock % kLanes == 0, "a row of weights is one
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
+// How the products read T: keys across (sixteen keys are the columns), values along (sixteen sizes are).
 template <class T>
-struct Values {
-  static constexpr Format kFormat = Format::kFloat;
+struct Reads {
+  static constexpr Format kKeys = Format::kFloat, kValues = Format::kFloat;
 };
 template <>
-struct Values<bf16> {
-  static constexpr Format kFormat = Format::kBfloat;
+struct Reads<bf16> {
+  static constexpr Format kKeys = Format::kPairs, kValues = Format::kBfloat;
 };
 template <>
-struct Values<f16> {
-  static constexpr Format kFormat = Format::kHalf;
+struct Reads<f16> {
+  static constexpr Format kKeys = Format::kFloat, kValues = Format::kHalf;
 };
 
 struct Task {
@@ -57,7 +59,7 @@ struct Workspace {
   float *queries, *weights, *keys, *values, *output, *best, *total, *zeros;
 
   static int64_t padded_values(const AttentionCall& call) { return round_up(call.value_size, kLanes); }
-  static int64_t padded_keys(const AttentionCall& call) { return round_up(call.key_size, kChunk); }
+  static int64_t padded_keys(const AttentionCall& call) { return round_up(call.key_size + 1, kChunk); }
 
   static size_t floats(const AttentionCall& call, int64_t rows) {
     return rows * (padded_keys(call) + kChunk + padded_values(call) + 2) + kLanes +
@@ -97,6 +99,8 @@ class Attend {
         table_(call.tables + task.sequence * call.table_stride),
         keys_(static_cast<const T*>(call.key_cache.data) + task.head * call.key_cache.head),
         values_(static_cast<const T*>(call.value_cache.data) + task.head * call.value_cache.head),
+        steps_((call.key_size + kPair - 1) / kPair),
+        chunks_((steps_ * elements_per_step(Reads<T>::kKeys) + kChunk - 1) / kChunk),
         width_(Workspace::padded_values(call)),
         full_(call.value_size / kLanes * kLanes) {}
 
@@ -104,29 +108,64 @@ class Attend {
     start();
     const Range range{visible(call_, position_, length_).begin,
                       visible(call_, position_ + task_.count - 1, length_).end};
+    Rows rows, next;
+    locate(range.begin / kBlock * kBlock, range, rows);
     for (int64_t block = range.begin / kBlock * kBlock; block < range.end; block += kBlock) {
       const Range keys{std::max(block, range.begin), std::min<int64_t>(block + kBlock, range.end)};
-      score(block, keys);
+      locate(block + kBlock, range, next);
+      score(block, keys, rows, next);
       for (int64_t row = 0; row < rows_; ++row) weigh(row, block, keys);
-      accumulate(block, keys);
+      accumulate(block, keys, rows, next);
+      std::swap(rows, next);
     }
     finish();
   }
 
  private:
+  static constexpr int kPair = Reads<T>::kKeys == Format::kPairs ? 2 : 1;
+
+  // Where the keys and values of one block lie; keys outside the range are zeros and have no value.
+  struct Rows {
+    const T* keys[kBlock];
+    const T* values[kBlock];
+  };
+
   int64_t head(int64_t row) const { return task_.head * groups_ + row % groups_; }
   int64_t token(int64_t row) const { return task_.first + row / groups_; }
   int64_t position(int64_t row) const { return position_ + row / groups_; }
 
+  void locate(int64_t block, Range range, Rows& rows) const {
+    for (int64_t at = 0; at < kBlock;) {
+      const int64_t key = block + at;
+      if (key < range.begin || key >= range.end) {
+        rows.keys[at] = rows.values[at] = reinterpret_cast<const T*>(work_.zeros);
+        ++at;
+        continue;
+      }
+      const int64_t page = table_[key / call_.block_size], slot = key % call_.block_size;
+      const int64_t end = std::min({at + call_.block_size - slot, range.end - block, int64_t(kBlock)});
+      const T* keys = keys_ + page * call_.key_cache.block + slot * call_.key_cache.token;
+      const T* values = values_ + page * call_.value_cache.block + slot * call_.value_cache.token;
+      for (; at < end; ++at, keys += call_.key_cache.token, values += call_.value_cache.token) {
+        rows.keys[at] = keys;
+        rows.values[at] = values;
+      }
+    }
+  }
+
+  // Blocks lie scattered over the pool, where no hardware foresees them.
+  static void prefetch(const T* row, int64_t size) {
+    for (int64_t at = 0; at < size; at += int64_t(kLine / sizeof(T))) __builtin_prefetch(row + at);
+  }
+
   void start() {
-    const int64_t chunks = Workspace::padded_keys(call_) / kChunk;
     for (int64_t tile = 0; tile < tiles_.count; ++tile)
       for (int r = 0; r < tiles_.size(tile); ++r) {
         const int64_t row = tiles_.begin(tile) + r;
         const T* query = static_cast<const T*>(call_.query.data) + token(row) * call_.query.token + head(row) * call_.query.head;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          float* out = work_.queries + (tiles_.begin(tile) * chunks + chunk * tiles_.size(tile) + r) * kChunk;
-          pack_row_chunk(query, call_.key_size, call_.key_size, chunk, out);
+        for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+          float* out = work_.queries + (tiles_.begin(tile) * chunks_ + chunk * tiles_.size(tile) + r) * kChunk;
+          pack_operand_chunk(query, call_.key_size, steps_ * elements_per_step(Reads<T>::kKeys), chunk, out);
         }
       }
     // A sink is a logit that was met before all keys and has no value.
@@ -142,35 +181,24 @@ class Attend {
   static int last_group(int64_t block, Range keys) { return int((keys.end - block + kLanes - 1) / kLanes); }
 
   // weights[row][j] = q · k
-  void score(int64_t block, Range keys) {
+  void score(int64_t block, Range keys, const Rows& rows, const Rows& next) {
     const int first = first_group(block, keys), last = last_group(block, keys);
     for (int group = first; group < last; ++group) {
-      const T* rows[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t key = block + group * kLanes + lane;
-        rows[lane] = key < keys.begin || key >= keys.end ? reinterpret_cast<const T*>(work_.zeros) : key_row(key);
-      }
-      transpose_panel(rows, call_.key_size, work_.keys + group * kLanes * call_.key_size);
+      const int at = group * kLanes;
+      for (int lane = 0; lane < kLanes; ++lane) prefetch(next.keys[at + lane], call_.key_size);
+      pack_columns(rows.keys + at, call_.key_size, work_.keys + at * steps_);
     }
     Product product{};
-    product.b = work_.keys + first * kLanes * call_.key_size;
+    product.b = work_.keys + first * kLanes * steps_;
     product.b_step = kLanes;
-    product.b_vector = kLanes * call_.key_size;
-    product.steps = call_.key_size;
+    product.b_vector = kLanes * steps_;
+    product.steps = steps_;
     product.c_row = kChunk;
     for (int64_t tile = 0; tile < tiles_.count; ++tile) {
-      product.a = work_.queries + tiles_.begin(tile) * Workspace::padded_keys(call_);
+      product.a = work_.queries + tiles_.begin(tile) * chunks_ * kChunk;
       product.c = work_.weights + tiles_.begin(tile) * kChunk + first * kLanes;
-      multiply(Format::kFloat, tiles_.size(tile), last - first, product);
+      multiply(Reads<T>::kKeys, tiles_.size(tile), last - first, product);
     }
-  }
-
-  const T* key_row(int64_t key) const {
-    return keys_ + table_[key / call_.block_size] * call_.key_cache.block + key % call_.block_size * call_.key_cache.token;
-  }
-
-  const T* value_row(int64_t key) const {
-    return values_ + table_[key / call_.block_size] * call_.value_cache.block + key % call_.block_size * call_.value_cache.token;
   }
 
   // One step of the online softmax for one row: scores become weights, what was summed before is rescaled.
@@ -221,19 +249,18 @@ class Attend {
   }
 
   // output[row] += weights[row] · V, one chain over the keys in order; a weight of zero adds nothing.
-  void accumulate(int64_t block, Range keys) {
+  void accumulate(int64_t block, Range keys, const Rows& rows, const Rows& next) {
+    const int begin = int(keys.begin - block), end = int(keys.end - block);
+    for (int at = begin; at < end; ++at) prefetch(next.values[at], call_.value_size);
     if (rows_ >= kGatherFrom) {
-      for (int64_t key = keys.begin; key < keys.end; ++key)
-        copy_chunk(value_row(key), 0, full_, work_.values + (key - block) * width_);
-      const float* values = work_.values + (keys.begin - block) * width_;
-      add_product(Format::kFloat, values, width_, keys.begin - block, keys.end - keys.begin);
+      for (int at = begin; at < end; ++at) copy_chunk(rows.values[at], 0, full_, work_.values + at * width_);
+      add_product(Format::kFloat, work_.values + begin * width_, width_, begin, end - begin);
     }
-    for (int64_t key = keys.begin; key < keys.end;) {
-      const int64_t end = std::min(keys.end, (key / call_.block_size + 1) * call_.block_size);
-      const T* values = value_row(key);
-      if (rows_ < kGatherFrom) add_product(Values<T>::kFormat, values, call_.value_cache.token, key - block, end - key);
-      if (full_ < call_.value_size) add_tail_product(values, key - block, end - key);
-      key = end;
+    const int64_t stride = call_.value_cache.token;
+    for (int at = begin, next_run; at < end; at = next_run) {
+      for (next_run = at + 1; next_run < end && rows.values[next_run] == rows.values[next_run - 1] + stride;) ++next_run;
+      if (rows_ < kGatherFrom) add_product(Reads<T>::kValues, rows.values[at], stride, at, next_run - at);
+      if (full_ < call_.value_size) add_tail_product(rows.values[at], at, next_run - at);
     }
   }
 
@@ -286,7 +313,7 @@ class Attend {
   int64_t length_, position_;
   const int32_t* table_;
   const T *keys_, *values_;
-  int64_t width_, full_;
+  int64_t steps_, chunks_, width_, full_;
 };
 
 template <class T>

@@ -91,19 +91,9 @@ class PackedLinear {
         float* out = packed + offset(first, tile) + chunk * rows * kChunk;
         for (int r = 0; r < rows; ++r) {
           const T* row = static_cast<const T*>(call_.input) + (tiles_.begin(tile) + r) * call_.depth;
-          pack_chunk(row, chunk, out + r * kChunk);
+          pack_operand_chunk(row, call_.depth, elements_, chunk, out + r * kChunk);
         }
       }
-  }
-
-  void pack_chunk(const T* row, int64_t chunk, float* out) const {
-    if constexpr (std::is_same_v<T, bf16> && kDotPairs) {
-      const int64_t begin = chunk * kChunk * 2, end = std::min(begin + kChunk * 2, call_.depth);
-      std::memcpy(out, row + begin, (end - begin) * sizeof(T));
-      if ((end - begin) % 2) reinterpret_cast<T*>(out)[end - begin] = T{0};
-    } else {
-      pack_row_chunk(row, call_.depth, elements_, chunk, out);
-    }
   }
 
   // Each thread takes a contiguous range of (group, tiles); a group's tiles are divided only where groups are few.

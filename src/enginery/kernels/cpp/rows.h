@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "micro.h"
 
@@ -26,6 +27,32 @@ inline void pack_row_chunk(const T* row, int64_t depth, int64_t elements, int64_
   copy_chunk(row, begin, end, out);
   const int64_t limit = begin + kChunk < elements ? begin + kChunk : elements;
   for (int64_t at = end; at < limit; ++at) out[at - begin] = 0.0f;
+}
+
+// One row's chunk as the format of T's packed weights takes it: bfloat16 pairs stay as they are where the CPU multiplies them.
+template <class T>
+inline void pack_operand_chunk(const T* row, int64_t depth, int64_t elements, int64_t chunk, float* out) {
+  if constexpr (std::is_same_v<T, bf16> && kDotPairs) {
+    const int64_t begin = chunk * kChunk * 2, end = begin + kChunk * 2 < depth ? begin + kChunk * 2 : depth;
+    std::memcpy(out, row + begin, (end - begin) * sizeof(T));
+    if ((end - begin) % 2) reinterpret_cast<T*>(out)[end - begin] = T{0};
+  } else {
+    pack_row_chunk(row, depth, elements, chunk, out);
+  }
+}
+
+// Sixteen rows as one vector of that format: [count][16] float32, or [ceil(count / 2)][16] pairs of bfloat16.
+template <class T>
+inline void pack_columns(const T* const* rows, int64_t count, float* out) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const float* pairs[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) pairs[lane] = reinterpret_cast<const float*>(rows[lane]);
+    transpose_panel(pairs, count / 2, out);
+    if (count % 2 == 0) return;
+    for (int lane = 0; lane < kLanes; ++lane) out[count / 2 * kLanes + lane] = bits_to_float(rows[lane][count - 1].bits);
+  } else {
+    transpose_panel(rows, count, out);
+  }
 }
 
 // c + bias -> out; `count` elements, c padded to whole vectors.

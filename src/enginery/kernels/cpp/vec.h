@@ -295,20 +295,32 @@ inline Vec keep_lanes(Vec value, int64_t first, int64_t last) {
   return value;
 }
 
+// Every lane receives the fold of all lanes: halves are folded into each other, in one order.
+template <int kDistance, class Fold>
+inline Native fold_lanes(Native value, Fold fold) {
+  if constexpr (kDistance == 0) {
+    return value;
+  } else {
+    NativeInt order{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) order[i] = i ^ kDistance;
+    return fold_lanes<kDistance / 2>(fold(value, __builtin_shuffle(value, order)), fold);
+  }
+}
+
+template <class Fold>
+inline float reduce(Vec value, Fold fold) {
+  Native all = value.part[0];
+  for (int i = 1; i < kParts; ++i) all = fold(all, value.part[i]);
+  return fold_lanes<kWidth / 2>(all, fold)[0];
+}
+
 inline float reduce_max(Vec value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
+  return reduce(value, [](Native a, Native b) { return native_max(a, b); });
 }
 
 inline float reduce_sum(Vec value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return reduce(value, [](Native a, Native b) { return a + b; });
 }
 
 // ---- transposition: sixteen rows of any element type -> a float32 panel [count][16] ----
@@ -322,11 +334,15 @@ inline Quad load_quad(const float* from) {
 }
 
 inline Quad load_quad(const bf16* from) {
+#if defined(__SSE4_1__)
+  return (Quad)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from)), 16);
+#else
   typedef uint16_t Short4 __attribute__((vector_size(8)));
   typedef uint32_t Bits4 __attribute__((vector_size(16)));
   Short4 bits;
   std::memcpy(&bits, from, sizeof(bits));
   return (Quad)(__builtin_convertvector(bits, Bits4) << 16);
+#endif
 }
 
 inline Quad load_quad(const f16* from) {
@@ -338,7 +354,7 @@ inline Quad load_quad(const f16* from) {
 }
 
 template <class T>
-inline void transpose_panel(const T* const (&rows)[kLanes], int64_t count, float* panel) {
+inline void transpose_panel(const T* const* rows, int64_t count, float* panel) {
   int64_t at = 0;
   for (; at + 4 <= count; at += 4) {
 #if defined(ENGINERY_AVX512)
