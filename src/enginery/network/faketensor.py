@@ -1,6 +1,7 @@
 """Types by torch's own shape propagation (FakeTensor with a ShapeEnv), for operators without a shape rule.
 
-It takes a third of a millisecond to a few milliseconds per call.
+It takes a third of a millisecond to a few milliseconds per call. The machinery is imported by the functions that use it:
+it takes a second, which opening an engine need not spend.
 """
 
 from __future__ import annotations
@@ -8,18 +9,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import sympy
 import torch
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._sympy import functions as symbolic
 
 from enginery.errors import NetworkError
 from enginery.network.dim import Dim, Size
 from enginery.network.operator import Operator, signature
+
+if TYPE_CHECKING:
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 _HINTS = (37, 41, 43, 47, 53, 59, 61, 67)
 """Sizes at which torch tries the symbols; primes that no model uses, so that no two sizes agree by chance."""
@@ -37,6 +37,10 @@ class Literal(NamedTuple):
 
 def infer(op: Operator, key: tuple) -> tuple[tuple[tuple[Size, ...], torch.dtype], ...]:
     """The types of the outputs; `key` holds a Type for each tensor and a Literal for each number of the call."""
+    import sympy
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     shape_env = ShapeEnv()
     symbols: dict[str, Any] = {}
 
@@ -83,6 +87,9 @@ def to_size(size: int | torch.SymInt, names: Mapping[sympy.Symbol, str]) -> Size
 
 
 def from_sympy(expression: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> Size:
+    import sympy
+    from torch.utils._sympy import functions as symbolic
+
     if expression.is_Integer:
         return int(expression)
     if expression.is_Symbol:
@@ -116,6 +123,9 @@ def _is_ratio(part: sympy.Basic) -> bool:
 
 
 def _sym_int(size: Dim, symbols: dict[str, Any], shape_env: ShapeEnv) -> Any:
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
     for name in sorted(size.symbols):
         if name not in symbols:
             hint = _HINTS[len(symbols) % len(_HINTS)]

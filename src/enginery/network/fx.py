@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
 from torch.export.graph_signature import InputKind, InputSpec
@@ -21,6 +20,8 @@ from enginery.network.operator import Operator, signature
 from enginery.network.tensor import Tensor
 
 if TYPE_CHECKING:
+    import sympy
+
     from enginery.network.network import Network
 
 _IDENTITIES = frozenset({"lift_fresh_copy", "lift_fresh", "detach", "detach_", "alias"})
@@ -210,7 +211,7 @@ class _Importer:
             return to_size(value, self.symbols)
         if isinstance(value, (torch.SymFloat, torch.SymBool)):
             expression = value.node.expr
-            if isinstance(expression, sympy.Number):
+            if expression.is_Number:
                 return float(expression)
             return _Unknown(f"{node.name} = {expression}")
         return value
