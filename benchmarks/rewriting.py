@@ -16,12 +16,15 @@ from time import process_time
 from typing import Any
 
 import torch
+
+from enginery.network.network import Network
+from enginery.rewriting import PatternRewriter, RewritePatternManager
 from record import record
 from rewriting_graphs import (
+    CASCADES,
     MATCHES_PER_LAYER,
     NODES_PER_LAYER,
     RULES,
-    CASCADES,
     AddNorm,
     MergePair,
     cascade,
@@ -29,10 +32,7 @@ from rewriting_graphs import (
     pairs_of_linears,
     transformer,
 )
-from torch.nn import functional as F
-
-from enginery.network.network import Network
-from enginery.rewriting import PatternRewriter, RewritePatternManager
+from rewriting_peers import PEERS
 
 
 def seconds(make: Callable[[], Any], work: Callable[[Any], Any]) -> float:
@@ -94,15 +94,16 @@ def single(count: int) -> dict[str, float]:
         f"cascade of 1,000: {name}": (lambda name=name: cascade(name, 1000), rewriter(rule(), count=1000, verify=False))
         for name, (rule, _) in CASCADES.items()
     }
-    systems["two roots, 1,000 layers"] = (lambda: pairs_of_linears(1000), rewriter(MergePair(), count=1000, verify=False))
+    systems["two roots, 1,000 layers"] = (
+        lambda: pairs_of_linears(1000),
+        rewriter(MergePair(), count=1000, verify=False),
+    )
     systems["two outputs, 3,000 layers"] = (lambda: transformer(3000), rewriter(AddNorm(), count=6000, verify=False))
     return {name: round(value, 4) for name, value in rounds(systems, count).items()}
 
 
 def peers(size: int, count: int) -> dict[str, dict[str, float]]:
     """µs per compute node of torch's own matchers on the same calls, and how many times ours is faster."""
-    from rewriting_peers import PEERS  # noqa: PLC0415  (Inductor takes seconds to import)
-
     wanted = MATCHES_PER_LAYER * size
     systems = {"ours": (lambda: transformer(size), rewriter(*(r() for r in RULES), count=wanted, verify=False))}
     systems |= {name: (lambda make=make: make(size), work) for name, (make, work) in PEERS.items()}

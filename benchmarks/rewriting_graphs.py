@@ -76,17 +76,19 @@ def transformer(layers: int) -> Network:
     for i in range(layers):
         heads = []
         for name in "qkv":
-            projected = call(aten.linear.default, normed, constant(f"{i}.{name}.weight", (HIDDEN, HIDDEN), f32))
-            heads.append(call(aten.add.Tensor, projected, constant(f"{i}.{name}.bias", (HIDDEN,), f32)))
-        mixed = call(aten.linear.default, call(attention, *heads), constant(f"{i}.o.weight", (HIDDEN, HIDDEN), f32))
+            projected = call(aten.linear.default, normed, constant(f"layers.{i}.{name}.weight", (HIDDEN, HIDDEN), f32))
+            heads.append(call(aten.add.Tensor, projected, constant(f"layers.{i}.{name}.bias", (HIDDEN,), f32)))
+        mixed = call(
+            aten.linear.default, call(attention, *heads), constant(f"layers.{i}.o.weight", (HIDDEN, HIDDEN), f32)
+        )
         x = call(aten.add.Tensor, x, mixed)
-        normed = call(aten.rms_norm.default, x, (HIDDEN,), constant(f"{i}.norm1", (HIDDEN,), f32), EPS)
-        gate = call(aten.linear.default, normed, constant(f"{i}.gate.weight", (WIDE, HIDDEN), f32))
-        up = call(aten.linear.default, normed, constant(f"{i}.up.weight", (WIDE, HIDDEN), f32))
+        normed = call(aten.rms_norm.default, x, (HIDDEN,), constant(f"layers.{i}.norm1", (HIDDEN,), f32), EPS)
+        gate = call(aten.linear.default, normed, constant(f"layers.{i}.gate.weight", (WIDE, HIDDEN), f32))
+        up = call(aten.linear.default, normed, constant(f"layers.{i}.up.weight", (WIDE, HIDDEN), f32))
         wide = call(aten.mul.Tensor, call(aten.silu.default, gate), up)
-        down = call(aten.linear.default, wide, constant(f"{i}.down.weight", (HIDDEN, WIDE), f32))
+        down = call(aten.linear.default, wide, constant(f"layers.{i}.down.weight", (HIDDEN, WIDE), f32))
         x = call(aten.add.Tensor, x, down)
-        normed = call(aten.rms_norm.default, x, (HIDDEN,), constant(f"{i}.norm2", (HIDDEN,), f32), EPS)
+        normed = call(aten.rms_norm.default, x, (HIDDEN,), constant(f"layers.{i}.norm2", (HIDDEN,), f32), EPS)
     network.set_output("x", x)
     network.set_output("normed", normed)
     return network
@@ -161,7 +163,8 @@ def pairs_of_linears(layers: int) -> Network:
     x = network.add_input("x", (TOKENS, HIDDEN), torch.float32)
     for i in range(layers):
         gate, up = (
-            F.linear(x, network.add_constant(f"{i}.{name}", (HIDDEN, HIDDEN), torch.float32)) for name in ("gate", "up")
+            F.linear(x, network.add_constant(f"layers.{i}.{name}", (HIDDEN, HIDDEN), torch.float32))
+            for name in ("gate", "up")
         )
         x = F.silu(gate) * up
     network.set_output("out", x)

@@ -2,10 +2,11 @@
 
     from enginery.graph_rewriting import *     # was: from tensorrt_llm.graph_rewriting import *; import tensorrt as trt
 
-Everything here is a view: a `Layer` or `Tensor` holds ours and no state of its own, a `FLayerInfo` reads the call that its
-layer is. While a manager runs a rule, `replace_all_uses_with` and `mark_as_removed` are noted and carried out when the rule
-returns true, so a rule that raises leaves no trace; outside of that they act at once. What the original kept in singletons
-(the current network, the managers that `instance()` gives) is kept per context (`contextvars`): threads do not see each other.
+Everything here is a view: a `Layer` or `Tensor` holds ours and no state of its own, a `FLayerInfo` reads the call
+that its layer is. While a manager runs a rule, `replace_all_uses_with` and `mark_as_removed` are noted and carried
+out when the rule returns true, so a rule that raises leaves no trace; outside of that they act at once. What the
+original kept in singletons (the current network, the managers that `instance()` gives) is kept per context
+(`contextvars`): threads do not see each other.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ class _Inputs(dict):
 
 
 class FLayerInfo:
-    """The high-level call behind a layer: here the layer *is* that call, so everything is read off it on each access."""
+    """The high-level call behind a layer. Here the layer *is* that call: everything is read off it on each access."""
 
     def __init__(self, layer: ir.Layer) -> None:
         self.layer = layer
@@ -307,7 +308,7 @@ class _Pattern:
 
 
 class PatternRewriter(_Pattern):
-    """Override `match` and `rewrite` (`separate_match_rewrite=True`), or `match_and_rewrite`, which tells if it changed anything."""
+    """Override `match` and `rewrite` (with `separate_match_rewrite`), or `match_and_rewrite` (true: something changed)."""
 
     def __init__(
         self,
@@ -449,7 +450,7 @@ def optimize(net: Network | ir.Network) -> rewriting.Report:
 
 
 __all__ = [
-    "AnalysisPatternManager", "ElementWiseOperation", "FLayerInfo", "FLayerInfoMemo", "FuseAttentionWithBiasPass", "Layer",
-    "LayerKind", "Network", "PatternAnalyzer", "PatternRewriter", "RewritePatternManager", "Tensor", "default_net",
-    "gpt_attention", "net_guard", "optimize", "record_signature", "trt",
+    "AnalysisPatternManager", "ElementWiseOperation", "FLayerInfo", "FLayerInfoMemo", "FuseAttentionWithBiasPass",
+    "Layer", "LayerKind", "Network", "PatternAnalyzer", "PatternRewriter", "RewritePatternManager", "Tensor",
+    "default_net", "gpt_attention", "net_guard", "optimize", "record_signature", "trt",
 ]  # fmt: skip

@@ -146,7 +146,9 @@ def test_losing_a_user_makes_a_single_use_pattern_match():
 
 def test_a_hundred_rules_that_do_not_apply_are_not_tried():
     rules = [
-        type(f"Rule{i}", (PatternRewriter,), {"pattern": torch.atan2(Var("x"), Var("y")), "rewrite": lambda self: None})()
+        type(
+            f"Rule{i}", (PatternRewriter,), {"pattern": torch.atan2(Var("x"), Var("y")), "rewrite": lambda self: None}
+        )()
         for i in range(100)
     ]
     report = RewritePatternManager(*rules, SinkTranspose()).rewrite(chain(50, CASES["sink"][1]))

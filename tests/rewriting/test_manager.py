@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_captures_arrive_by_name_with_root_network_and_args():
 
     class Rule(PatternRewriter):
         pattern = F.silu(Var("x"))
-        args = {"own": 1, "both": 1}
+        args = MappingProxyType({"own": 1, "both": 1})
 
         def check(self, args, x):
             seen["args"] = dict(args)

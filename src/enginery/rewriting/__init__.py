@@ -21,8 +21,8 @@ from enginery.rewriting.report import Application, Report, RuleReport
 from enginery.rewriting.rule import MatchFailure, PatternRewriter
 
 __all__ = [
-    "Analysis", "AnalysisPatternManager", "AnyOp", "Application", "Call", "Chain", "Const", "MatchFailure", "Miss", "OneOf",
-    "Optional", "Pattern", "PatternAnalyzer", "PatternRewriter", "Relation", "Report", "RewritePatternManager", "RuleReport",
-    "Scalar", "Through", "Var", "Vars", "explain", "has_dtype", "has_rank", "holds", "is_static", "same_dtype", "same_shape",
-    "same_size", "same_type",
+    "Analysis", "AnalysisPatternManager", "AnyOp", "Application", "Call", "Chain", "Const", "MatchFailure", "Miss",
+    "OneOf", "Optional", "Pattern", "PatternAnalyzer", "PatternRewriter", "Relation", "Report",
+    "RewritePatternManager", "RuleReport", "Scalar", "Through", "Var", "Vars", "explain", "has_dtype", "has_rank",
+    "holds", "is_static", "same_dtype", "same_shape", "same_size", "same_type",
 ]  # fmt: skip

@@ -24,7 +24,9 @@ _FIXED = {"root": ROOT, "network": NETWORK, "args": ARGS}
 
 @dataclass(slots=True, eq=False)
 class Way:
-    """One way to enter a rule: from one of the roots of its pattern, or from a layer that an imperative rule asked for."""
+    """One way to enter a rule: from one of the roots of its pattern, or from a layer that an imperative rule
+    asked for.
+    """
 
     rule: BoundRule
     matcher: Matcher | None

@@ -22,7 +22,8 @@ class Edit:
     """
 
     __slots__ = (
-        "_before", "_constants", "_erased", "_inputs", "_moved", "_outputs", "_rebound", "_retyped", "added", "network", "replaced",
+        "_before", "_constants", "_erased", "_inputs", "_moved", "_outputs", "_rebound", "_retyped", "added",
+        "network", "replaced",
     )  # fmt: skip
 
     def __init__(self, network: Network, root: Layer) -> None:
@@ -64,7 +65,9 @@ class Edit:
                 self.network.set_output(name, new)
 
     def retype(self, pairs: Sequence[Pair]) -> None:
-        """Infers types again behind replacements that have another one. Raises NetworkError if a call does not take them."""
+        """Infers types again behind replacements that have another one. Raises NetworkError if a call does not
+        take them.
+        """
         pending = {
             user: None for old, new in pairs if (old.shape, old.dtype) != (new.shape, new.dtype) for user in new._uses
         }
@@ -143,8 +146,8 @@ def _is_read(layer: Layer) -> bool:
 def put_in_order(edit: Edit, pairs: Sequence[Pair], mutable: Collection[Tensor]) -> None:
     """Moves layers so that every value is computed before it is used. Raises MatchFailure where no order does that.
 
-    New layers stand at the root, where a replacement of a single root is in order already. Two things can be amiss: a new
-    layer reads a value that is computed later, or somebody reads a replaced value earlier.
+    New layers stand at the root, where a replacement of a single root is in order already. Two things can be
+    amiss: a new layer reads a value that is computed later, or somebody reads a replaced value earlier.
     """
     latest = _latest_source(edit.added)
     if latest is not None:

@@ -213,7 +213,8 @@ def _downstream(values: Sequence[Any], levels: int) -> list[Layer]:
 def _show(value: Any) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
-    return f"{value.name} ({operator_name(value.parent.op) if value.parent else 'constant' if value.is_constant else 'input'})"
+    origin = operator_name(value.parent.op) if value.parent else "constant" if value.is_constant else "input"
+    return f"{value.name} ({origin})"
 
 
 def _bind(walk: _Walk, name: str | None, value: Any, names: Names, same: Callable[[Any, Any], bool]) -> Iterator[Names]:
@@ -372,7 +373,18 @@ def _assign(walk: _Walk, node: Chain, operands: Sequence[Pattern], leaves: list[
 
 _STEPS: Mapping[type, Callable[..., Iterator[Names]]] = MappingProxyType(
     {
-        Var: _var, Scalar: _scalar, Vars: _vars, Items: _items, Literal: _literal, Anything: _anything, Optional: _optional,
-        OneOf: _one_of, Through: _through, Call: _call_step, AnyOp: _call_step, Output: _output, Chain: _chain,
+        Var: _var,
+        Scalar: _scalar,
+        Vars: _vars,
+        Items: _items,
+        Literal: _literal,
+        Anything: _anything,
+        Optional: _optional,
+        OneOf: _one_of,
+        Through: _through,
+        Call: _call_step,
+        AnyOp: _call_step,
+        Output: _output,
+        Chain: _chain,
     }
-)  # fmt: skip
+)

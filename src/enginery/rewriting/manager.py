@@ -30,7 +30,7 @@ class RewritePatternManager:
     ) -> None:
         """`add(rule)` or `add(label, rule)`; the label is the class name unless given. RewriteError if it is taken."""
         if not isinstance(label, str):
-            return self.add(type(label).__name__, label, benefit)
+            label, rule = type(label).__name__, label  # type: ignore[assignment]
         if rule is None or label in self._rules:
             cause = f"two rules are labelled {label}" if rule is not None else f"no rule is given for the label {label}"
             raise RewriteError(cause, "Give one of them another label: add(label, rule)", rule=label)
@@ -53,12 +53,14 @@ class RewritePatternManager:
     ) -> Report:
         """Applies the rules until none of them fits any more.
 
-        `verify`: run the network before and after on these inputs (True: seeded random ones), compare within the tolerance
-        of the dtype, take back every rule that changed an output and say so in the report. `limit` bounds the number of
-        applications (default: ten per layer and a thousand). `args` reach the rules as `args`, laid over their own.
+        `verify`: run the network before and after on these inputs (True: seeded random ones), compare within
+        the tolerance of the dtype, take back every rule that changed an output and say so in the report. `limit`
+        bounds the number of applications (default: ten per layer and a thousand). `args` reach the rules as `args`,
+        laid over their own.
 
         Raises RewriteError if a rule breaks its contract: the network is then as it was before that rule's application.
-        Raises RewriteLimitError beyond `limit`, and RewriteError if a rule's `expect` is not met: as it was before this call.
+        Raises RewriteLimitError beyond `limit`, and RewriteError if a rule's `expect` is not met: as it was
+        before this call.
         """
         bound = limit if limit is not None else 10 * len(network) + 1000
         rules = list(self._rules.values())

@@ -2,8 +2,8 @@
 
 A pattern is compiled once, into closures in continuation style: each step tests one value, writes what it binds into a
 list of registers and calls the next step. A step with several ways (a commutative call, `OneOf`) calls its continuation
-for each way until one succeeds. Which names are bound at a step is known when compiling, so that backtracking never undoes
-anything: a register is written before every read of it.
+for each way until one succeeds. Which names are bound at a step is known when compiling, so that backtracking
+never undoes anything: a register is written before every read of it.
 """
 
 from __future__ import annotations
@@ -257,7 +257,9 @@ def _finish(constraints: list[tuple[Callable, tuple[int, ...], str]], scope: Sco
 def _path_to_bound(
     root: Node, scope: Scope
 ) -> tuple[Callable[[Registers], Tensor], list[frozenset[Operator] | None]] | None:
-    """How to come from a bound value up to `root`: where to read the value, and the operators from `root` down to it."""
+    """How to come from a bound value up to `root`: where to read the value, and the operators from `root` down
+    to it.
+    """
     own = [root.root_ops()] if root.is_call else []
     for child in root.children():
         source = child.bound_source(scope)

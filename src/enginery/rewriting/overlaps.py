@@ -33,7 +33,9 @@ class Overlap:
 
 
 def overlaps(network: Network, rules: Sequence[PatternRewriter]) -> list[Overlap]:
-    """Every pair of declarative rules that compete on this network. The network is not changed: copies are rewritten."""
+    """Every pair of declarative rules that compete on this network. The network is not changed: copies are
+    rewritten.
+    """
     bound = [bind(type(rule).__name__, rule) for rule in rules]
     matched = {rule.label: _matched_layers(network, rule) for rule in bound}
     found = []

@@ -321,7 +321,8 @@ class OneOf(Pattern):
 class Through(Pattern):
     """The pattern, or the pattern under no-ops: calls that change neither shape nor dtype nor the order of elements.
 
-    With `views`, reshapes to another shape are looked through as well; with `casts`, changes of dtype. Transposes never.
+    With `views`, reshapes to another shape are looked through as well; with `casts`, changes of dtype.
+    Transposes never.
     """
 
     def __init__(self, pattern: Any, *, views: bool = False, casts: bool = False) -> None:
@@ -371,7 +372,7 @@ class Call(Pattern):
     distinct = True
 
     def __init__(self, function: Callable, *args: Any, **kwargs: Any) -> None:
-        """`function`: anything of torch that stands for one operator. `...` as the last of `args`: the rest may be anything."""
+        """`function`: what stands for one operator in torch. `...` as the last of `args`: the rest may be anything."""
         self.op, arguments = resolve(function, args, kwargs)
         self.arguments = tuple(pattern_of(argument) for argument in arguments)
 

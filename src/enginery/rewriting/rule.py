@@ -17,14 +17,15 @@ class MatchFailure(Exception):
 class PatternRewriter:
     """A rewrite rule, in one of three forms.
 
-    Declarative: `pattern`, an optional `check(captures…)`, and `rewrite(captures…)`. Captures arrive by parameter name; so
-    do `root` (the matched layer), `network` and `args` (what was given to `manager.rewrite(args=…)`).
+    Declarative: `pattern`, an optional `check(captures…)`, and `rewrite(captures…)`. Captures arrive by
+    parameter name; so do `root` (the matched layer), `network` and `args` (given to `manager.rewrite(args=…)`).
     Imperative: `root_layer` (kinds or operators; None: every layer) and `match_and_rewrite(layer)`.
     Split: `root_layer`, `match(layer) -> bool` and `rewrite(layer)`, the second only where the first is true.
 
     `rewrite` and `match_and_rewrite` return what replaces the root: a Tensor; a tuple, one entry per output (None where
     nobody reads it), or one entry per root of a pattern with several; or `{layer or tensor: replacement}`; or None to
-    decline. PyTorch on Tensors in their body appends layers at the root. Nothing else of a network may be changed there.
+    decline. PyTorch on Tensors in their body appends layers at the root. Nothing else of a network may be
+    changed there.
     """
 
     pattern: Pattern | Sequence[Pattern] | None = None

@@ -37,7 +37,9 @@ class Run:
         self, network: Network, rules: Sequence[BoundRule], args: Mapping[str, Any], *, limit: int,
         stop_after: int | None = None, without: Collection[str] = (),
     ) -> None:  # fmt: skip
-        """`limit` applications are an error; after `stop_after` of them the run ends. Rules in `without` stay out of it."""
+        """`limit` applications are an error; after `stop_after` of them the run ends. Rules in `without` stay
+        out of it.
+        """
         self.network = network
         self.limit, self.stop_after = limit, stop_after
         self.report = Report(layers_before=len(network), layers_after=len(network))
@@ -113,8 +115,8 @@ class Run:
     def _tell(self, edit: Edit, pairs: Sequence[Pair], erased: Sequence[Layer]) -> None:
         """Queues all that a change may have made matchable.
 
-        That is: the new layers, the users of new values as far down as patterns reach, the producers of what new and erased
-        layers read, and whoever is left as the only user of such a value.
+        That is: the new layers, the users of new values as far down as patterns reach, the producers of what
+        new and erased layers read, and whoever is left as the only user of such a value.
         """
         for layer in edit.added:
             self._enter(layer)

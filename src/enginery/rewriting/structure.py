@@ -10,7 +10,9 @@ from enginery.network.tensor import Tensor
 
 
 def structure(network: Network) -> list[str]:
-    """One line per output, input and constant, each value written as an expression of numbered layers: names left out."""
+    """One line per output, input and constant, each value written as an expression of numbered layers: names
+    left out.
+    """
     numbers: dict[Layer, int] = {}
     lines: list[str] = []
 

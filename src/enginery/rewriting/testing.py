@@ -33,8 +33,9 @@ def assert_rewrites(
 ) -> Report:
     """The rule turns `before` into `after`, and the outputs stay equal on seeded inputs.
 
-    Networks, modules (exported with the example inputs `args`), or for `after` the text of a network. Names of layers, their
-    order among independent ones and provenance do not matter. Raises AssertionError with the difference, or the nearest miss.
+    Networks, modules (exported with the example inputs `args`), or for `after` the text of a network. Names of
+    layers, their order among independent ones and provenance do not matter. Raises AssertionError with the
+    difference, or the nearest miss.
     """
     rules = [rule] if isinstance(rule, PatternRewriter) else list(rule)
     network = _network(before, args, dynamic_shapes)
@@ -59,8 +60,9 @@ def equivalence_test(rule: PatternRewriter, *, dtype: torch.dtype = torch.float6
     """A numeric test made from the rule itself: its pattern becomes a network, is rewritten, and both are run.
 
     Shapes of captures are found by trial; where a rule needs particular ones, give them by name as shapes or as torch
-    tensors: `equivalence_test(rule, x=(4, 8), w=(8, 8))`; scalars likewise: `eps=1e-6`. Raises UsageError if no network can
-    be made, when called here; the test raises AssertionError if the rule does not apply or changes an output.
+    tensors: `equivalence_test(rule, x=(4, 8), w=(8, 8))`; scalars likewise: `eps=1e-6`. Raises UsageError if
+    no network can be made, when called here; the test raises AssertionError if the rule does not apply or changes
+    an output.
     """
     network = network_for(rule, dtype, inputs)
 

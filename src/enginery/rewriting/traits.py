@@ -15,14 +15,16 @@ COMMUTATIVE: frozenset[Operator] = frozenset(
         _aten.bitwise_and.Tensor, _aten.bitwise_or.Tensor, _aten.bitwise_xor.Tensor,
     }
 )  # fmt: skip
-"""Operators whose first two arguments may be exchanged, and nested calls of them be bracketed in any way. (`add` with an
-alpha other than 1 is not: the default that a pattern leaves in place says so.)"""
+"""Operators whose first two arguments may be exchanged, and nested calls of them be bracketed in any way.
+(`add` with an alpha other than 1 is not: the default that a pattern leaves in place says so.)"""
 
 TRANSPARENT: frozenset[str] = frozenset(
     f"aten::{name}"
     for name in (
-        "alias", "clone", "contiguous", "detach", "expand", "flatten", "reshape", "squeeze", "to", "_to_copy", "type_as",
-        "_unsafe_view", "unsqueeze", "view", "view_as",
+        "alias", "clone", "contiguous", "detach", "expand", "flatten", "reshape", "squeeze", "to", "_to_copy",
+        "type_as", "_unsafe_view", "unsqueeze", "view", "view_as",
     )
 )  # fmt: skip
-"""Calls that keep every element and their order, as long as the number of elements stays; by name without the overload."""
+"""Calls that keep every element and their order, as long as the number of elements stays; by name without the
+overload.
+"""
