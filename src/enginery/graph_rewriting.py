@@ -308,7 +308,7 @@ class _Pattern:
 
 
 class PatternRewriter(_Pattern):
-    """Override `match` and `rewrite` (with `separate_match_rewrite`), or `match_and_rewrite` (true: something changed)."""
+    """Override `match` and `rewrite` (with `separate_match_rewrite`), or `match_and_rewrite` (true: changed)."""
 
     def __init__(
         self,

@@ -112,7 +112,12 @@ class Layer:
         self.network._require_open()
         del old._uses[self]
         new._uses[self] = new._uses.get(self, 0) + count
-        self._args = tuple([_substitute(value, old, new) for value in self._args])
+        self._args = tuple(
+            [
+                new if value is old else _substitute(value, old, new) if value.__class__ is tuple else value
+                for value in self._args
+            ]
+        )
         self._inputs = tuple([new if value is old else value for value in self._inputs])
         if new.is_constant != old.is_constant:
             self.update_constness()

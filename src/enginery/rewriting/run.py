@@ -222,10 +222,14 @@ class Run:
         label = candidate.way.rule.label
         names = tuple([layer.name for layer in matched])
         edit.sign(label, names)
-        edit.replace(pairs)
+        erased = []
+        for pair in pairs:
+            edit.replace((pair,))
+            if len(pairs) > 1 and pair[0].parent is not None:  # a root that is gone need not be given its new inputs
+                erased += edit.erase_unused(replaced, (pair[0].parent,))
         if candidate.way.rule.source.changes_shape or candidate.way.rule.source.changes_dtype:
             edit.retype(pairs)
-        erased = edit.erase_unused(replaced, matched)
+        erased += edit.erase_unused(replaced, matched)
         self._journal.append(edit)
         candidate.fact.rewritten += 1
         added = tuple([layer.name for layer in edit.added])
