@@ -38,7 +38,7 @@ BOUNDS = (
     Bound(POSITIONS, 1, 1 << 31),
     Bound(EXPERTS, 0, 1 << 16),
     Bound(ACTIVE_EXPERTS, 0, 1 << 16),
-    Bound(("sliding_window",), 1, 1 << 31),
+    Bound(("sliding_window",), 0, 1 << 31),
     Bound(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 1, 1 << 20),
 )
 POSITIVE = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "factor", "original_max_position_embeddings")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from enginery.errors import UnsupportedError
 
@@ -34,6 +35,27 @@ def compute_buffers(model: PreTrainedModel, names: Iterable[str]) -> dict[str, t
                     f"{model.config.model_type} cannot be imported: nothing computes the buffer {name}"
                 )
             values[name] = value
+    return values
+
+
+def settle_rotary(model: PreTrainedModel, longest: int) -> dict[str, torch.Tensor]:
+    """Fixes rotary embeddings that would choose their frequencies by the length of each sequence.
+
+    LongRoPE and dynamic NTK scaling look at the largest position of a batch; sequences that share a step, or a cached
+    prefix, cannot. Their frequencies become those of the longest sequence to be served. Gives the buffers' values.
+    """
+    values: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        per_layer_type = kinds if isinstance(kinds, dict) else {None: kinds}
+        for layer_type, kind in per_layer_type.items():
+            if not isinstance(kind, str) or (kind != "longrope" and "dynamic" not in kind):
+                continue
+            named = {} if layer_type is None else {"layer_type": layer_type}
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            value, _ = ROPE_INIT_FUNCTIONS[kind](module.config, torch.device("cpu"), seq_len=longest, **named)
+            values[f"{path}.{prefix}inv_freq"] = value
+            module.rope_type = "default" if layer_type is None else {**module.rope_type, layer_type: "default"}
     return values
 
 

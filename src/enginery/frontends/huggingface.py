@@ -10,6 +10,7 @@ the checkpoint.
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from enginery.checkpoint import Checkpoint
 from enginery.errors import CheckpointError, EngineryError, NetworkError, UnsupportedError
 from enginery.frontends import capture
-from enginery.frontends.buffers import compute_buffers
+from enginery.frontends.buffers import compute_buffers, settle_rotary
 from enginery.frontends.weights import WeightPlan, check_shape, plan_weights, record_conversion
 from enginery.network import Network, Tensor
 
@@ -63,8 +64,13 @@ class Imported:
     facts: ModelFacts
 
 
-def import_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> Imported:
+def import_checkpoint(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, max_length: int | None = None
+) -> Imported:
     """The network and the facts of a checkpoint. Constants are floating in `dtype`, or as the checkpoint says.
+
+    `max_length` is the longest sequence to be served (default: the longest that the model was made for); models whose
+    rotary frequencies depend on the length get those of that length.
 
     Raises UnsupportedError with the construct that stopped the import, CheckpointError if a tensor is missing or
     does not fit.
@@ -74,6 +80,7 @@ def import_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = Non
     model = _build(config, dtype)
     plan = plan_weights(model, checkpoint)
     tied = _settle_ties(model, plan, checkpoint)
+    rotary = settle_rotary(model, max_length or _longest(model.config.get_text_config()))
     program, shapes = _export(model)
     _name_parameters(program, plan, tied)
     network = _to_network(program, shapes, model)
@@ -84,6 +91,7 @@ def import_checkpoint(checkpoint: Checkpoint, *, dtype: torch.dtype | None = Non
         if name not in buffers:
             raise CheckpointError(f"{checkpoint.directory}: no tensor for the parameter {name}", "Is a shard missing?")
     network.values.update(compute_buffers(model, unknown))
+    network.values.update({name: value for name, value in rotary.items() if name in network.values})
     return Imported(network, _facts(checkpoint, model, network, dtype))
 
 
@@ -132,9 +140,9 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as error:
         raise CheckpointError(f"the configuration makes no {kind.__name__}: {_line(error)}") from None
     for pattern, wide in model._get_dtype_plan(dtype).items():
-        for name, parameter in model.named_parameters():
-            if pattern in name.split("."):
-                parameter.data = parameter.data.to(wide)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if f".{pattern}." in f".{name}.":
+                tensor.data = tensor.data.to(wide)
     # Fake tensors pose as the CPU's: on the meta device the small constants of model code would lose their values.
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         return model._apply(lambda tensor: torch.empty_like(tensor, device="cpu"))
@@ -186,7 +194,7 @@ def _export(model: PreTrainedModel) -> tuple[torch.export.ExportedProgram, dict[
     except EngineryError as error:
         raise UnsupportedError(f"{model.config.model_type} cannot be imported: {error.cause}", error.fix) from None
     except Exception as error:  # torch.export and model code raise whatever they like
-        cause = f"{model.config.model_type} cannot be imported: {_line(error)}{_place(error)}"
+        cause = f"{model.config.model_type} cannot be imported: {_obstacle(error)}{_place(error)}"
         raise UnsupportedError(cause) from error
     finally:
         model.forward = captured
@@ -282,8 +290,23 @@ def _longest(config: PreTrainedConfig) -> int:
     return UNBOUNDED_POSITIONS
 
 
+def _obstacle(error: BaseException) -> str:
+    """What stopped torch.export, in one line."""
+    text = str(error)
+    if "specialized it to be a constant" in text:
+        return "its code is unrolled over the tokens of a sequence, as recurrences are"
+    if guard := re.search(r"the generated guard (.*?)\.?\n", text):
+        condition = re.sub(r"L\['\w+'\]\.size\(\)\[0\]", "tokens", guard[1])
+        return f"its code holds only where {condition}"
+    if "data-dependent" in text:
+        return f"its control flow depends on data ({_line(error)})"
+    return _line(error)
+
+
 def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    joined = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return joined[:300].rstrip(".")
 
 
 def _place(error: BaseException) -> str:

@@ -29,8 +29,8 @@ def check_tokens_apart(network: Network) -> None:
 
 def _check(layer: Layer) -> None:
     name = operator_name(layer.op)
-    axes_of = _AXES.get(layer.op._opname)
-    if axes_of is None and torch.Tag.pointwise not in layer.op.tags:
+    axes_of = None if layer.op in _BINARY else _AXES.get(layer.op._opname)
+    if axes_of is None and torch.Tag.pointwise not in layer.op.tags and layer.op not in _BINARY:
         raise UnsupportedError(f"layer {layer.name} ({name}) is not known to keep tokens apart", _FIX)
     for tensor, axis in () if axes_of is None else axes_of(layer):
         if axis % max(tensor.rank, 1) in _token_axes(tensor) and not _is_wanted(layer):
@@ -128,5 +128,7 @@ def _table() -> Mapping[str, Callable[[Layer], Axes]]:
 
 
 _AXES = _table()
+_BINARY = (torch.ops.aten.min.other, torch.ops.aten.max.other)
+"""pointwise, unlike the reductions of their name"""
 
 __all__ = ["check_tokens_apart"]

