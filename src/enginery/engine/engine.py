@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -165,18 +166,22 @@ class Engine:
         return "\n".join([title, str(self.regions), str(self.plan), f"in {self.directory or 'memory'}"])
 
     def _allocate(self, network: Network) -> dict[str, torch.Tensor]:
-        """Zeroed KV pools by name. The pages of a pool are taken as they are written."""
+        """Zeroed KV pools by name."""
         blocks = self.limits.num_blocks
         try:
-            return {
-                pool.name: torch.zeros(blocks, *pool_shape(pool), dtype=pool.dtype, device=self.device)
-                for pool in caches(network)
-            }
-        except RuntimeError:
+            return {pool.name: _zeros((blocks, *pool_shape(pool)), pool.dtype, self.device) for pool in caches(network)}
+        except (RuntimeError, MemoryError):
             raise ResourceError(
                 f"the KV cache of {self.plan.kv_cache >> 20} MiB cannot be allocated on {self.device}",
                 "Lower --kv-cache-memory",
             ) from None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU the operating system gives the pages, zeroed, when they are first written: torch.zeros would touch them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def compile_regions(regions: Outline, device: str, progress: Progress | None = None) -> dict[str, Path]:

@@ -22,7 +22,9 @@ from enginery.network.dim import evaluate
 DEFAULT_TOKENS: Mapping[str, int] = {"cpu": 512, "cuda": 2048}
 """max_num_batched_tokens where the configuration names none"""
 KV_SHARE = 0.6
-"""part of the free memory that the KV cache takes where the configuration names no size"""
+"""part of the free memory that the KV cache takes at most where the configuration names no size"""
+KV_REASONABLE = 4 << 30
+"""bytes of main memory beyond which a KV cache has to be asked for, unless one sequence needs more"""
 SPARE_BYTES = 256 << 20
 """left for everything that is not planned"""
 
@@ -113,6 +115,9 @@ def _with_blocks(plan: MemoryPlan, config: BuildConfig) -> EngineLimits:
     memory = config.kv_cache_memory
     if memory is None:
         memory = int(KV_SHARE * max(0, plan.available - plan.weights - plan.activations - SPARE_BYTES))
+        if plan.device == "cpu":
+            longest = -(-limits.max_model_len // limits.block_size) * plan.block
+            memory = min(memory, max(KV_REASONABLE, longest))
     elif memory > plan.available:
         raise ResourceError(
             f"the KV cache of {_human(memory)} does not fit into {_human(plan.available)} on {plan.device}",
