@@ -3,8 +3,8 @@
     python benchmarks/cpu_decoder.py                 # table and one JSON line
     python benchmarks/cpu_decoder.py --write         # also benchmarks/results/cpu_decoder.json
 
-Greedy, prompts of random token ids, `ignore_eos`, no detokenisation, each measurement warmed and repeated in turn with the
-other engine's, the best of the repetitions is reported.
+Greedy, prompts of random token ids, `ignore_eos`, no detokenisation, each measurement warmed and repeated in turn
+with the other engine's, the best of the repetitions is reported.
 - prefill 512: tokens/s of one prompt of 512 tokens to its first new token.
 - decode, batch B: B prompts of 32 tokens; B · 32 / (time for 33 new tokens − time for 1).
 - mixed 32: 32 requests at once, inputs of 32–256 tokens, outputs of 16–128; seconds until all are done.
@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
-from models import random_llama
-from record import record
 
 from enginery import LLM, SamplingParams
+from models import random_llama
+from record import record
 
 Prompts = Sequence[list[int]]
 Generate = Callable[[Prompts, Sequence[int]], object]
@@ -47,7 +47,9 @@ def enginery(dtype: str) -> Generate:
 
     def generate(prompts: Prompts, new_tokens: Sequence[int]) -> object:
         params = [
-            SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True, detokenize=False, skip_reading_prefix_cache=True)
+            SamplingParams(
+                max_tokens=n, temperature=0.0, ignore_eos=True, detokenize=False, skip_reading_prefix_cache=True
+            )
             for n in new_tokens
         ]
         return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
@@ -74,7 +76,8 @@ def transformers_generate(model: torch.nn.Module) -> Generate:
 
 
 def transformers_batch(model: torch.nn.Module) -> Generate:
-    """transformers' continuous batching, each request with a length of its own. Its block count must be given on a CPU."""
+    """transformers' continuous batching, each request with a length of its own. Its block count must be given on a
+    CPU."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)

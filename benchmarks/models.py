@@ -54,7 +54,8 @@ def llama_tensors(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def random_llama(layers: int = 24, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """The directory of a Llama of that depth with normal weights of deviation 0.02 (norms: 1), made if it is not there."""
+    """The directory of a Llama of that depth with normal weights of deviation 0.02 (norms: 1), made if it is not
+    there."""
     name = f"llama-{layers}x1024-{str(dtype).removeprefix('torch.')}-seed{seed}"
     directory = env.cache_dir() / "benchmarks" / name
     if (directory / "config.json").exists():

@@ -18,13 +18,14 @@ from enginery.checkpoint.checkpoint import Checkpoint
 from enginery.checkpoint.tokenizer import Tokenizer
 from enginery.engine.artifact import is_engine, open_artifact
 from enginery.engine.builder import build as build_network
-from enginery.engine.builder import prepare
+from enginery.engine.builder import pipeline_config, prepare
 from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
 from enginery.engine.manifest import Facts
 from enginery.engine.memory import MemoryPlan, plan_memory
 from enginery.engine.regions import outline
 from enginery.errors import RequestError, UsageError
+from enginery.rewriting.pipeline import nearest_miss as explain_rule
 from enginery.runtime.outputs import RequestOutput
 from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from enginery.runtime.session import Session, SessionConfig
@@ -33,6 +34,7 @@ from enginery.runtime.stats import SessionStats
 if TYPE_CHECKING:
     from enginery.frontends.huggingface import Imported
     from enginery.network import Network
+    from enginery.rewriting.explain import Miss
     from enginery.rewriting.pipeline import PipelineReport
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "enginery-6m"
@@ -114,6 +116,13 @@ def import_network(checkpoint: Checkpoint, config: BuildConfig) -> Imported:
     from enginery.frontends.huggingface import import_checkpoint  # here: transformers takes seconds to import
 
     return import_checkpoint(checkpoint, dtype=config.torch_dtype)
+
+
+def nearest_miss(model: str | Path | None, rule: str, **settings: Any) -> Miss | None:
+    """Why a rule of the phases does not fit the network that its phase finds; None if it does."""
+    config = BuildConfig(**settings)
+    imported = import_network(Checkpoint.open(BUNDLED_MODEL if model is None else model), config)
+    return explain_rule(imported.network, rule, pipeline_config(config))
 
 
 @dataclasses.dataclass(frozen=True)

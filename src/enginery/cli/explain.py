@@ -92,7 +92,7 @@ def explain_rule(model: str | None, rule: str, report: PipelineReport, arguments
     if not any(phase.rules[rule].rewritten for _, phase in phases):
         from enginery.llm import nearest_miss
 
-        print(nearest_miss(model, rule, **arguments) or "  its pattern fits nothing that other rules left in place")
+        print(nearest_miss(model, rule, **arguments) or "  its pattern fits; see why it declines")
 
 
 def register(app: typer.Typer) -> None:

@@ -104,13 +104,15 @@ class Prepared:
 def prepare(source: Source, config: BuildConfig) -> Prepared:
     """Rewrites the network in place and separates what is computed once from what runs in every step."""
     device = config.resolved_device()
-    phases = run_phases(source.network, _pipeline(config, device))
+    phases = run_phases(source.network, pipeline_config(config))
     parts = split(source.network)
     parts.network.verify()
     return Prepared(parts, _manifest(Facts.of(source.facts), config, device, phases), phases)
 
 
-def _pipeline(config: BuildConfig, device: str) -> PipelineConfig:
+def pipeline_config(config: BuildConfig) -> PipelineConfig:
+    """What the phases need to know of a build."""
+    device = config.resolved_device()
     return PipelineConfig(
         disabled_rules=config.disabled_rules, rules=config.rules, device=device, block_size=BLOCK_SIZE
     )
@@ -141,4 +143,4 @@ def _manifest(facts: Facts, config: BuildConfig, device: str, phases: PipelineRe
     return Manifest(facts, config.cache_key(), device, tuple(counts), versions)
 
 
-__all__ = ["Prepared", "Source", "build", "prepare"]
+__all__ = ["Prepared", "Source", "build", "pipeline_config", "prepare"]

@@ -26,7 +26,8 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """The batch of one step, laid out as `enginery::paged_attention` wants it. T tokens of S sequences, L rows of logits."""
+    """The batch of one step, laid out as `enginery::paged_attention` wants it. T tokens of S sequences, L rows of
+    logits."""
 
     token_ids: np.ndarray
     """`[T]` int64"""
@@ -51,10 +52,11 @@ class Engine(Protocol):
     def limits(self) -> EngineLimits: ...
 
     def execute(self, inputs: StepInputs) -> torch.Tensor:
-        """Writes the new tokens' keys and values to the cache and returns logits `[L, vocab_size]`, float32, on its device.
+        """Writes the new tokens' keys and values to the cache and returns logits `[L, vocab_size]`, float32, on its
+        device.
 
-        The tensor is valid until the next call, and the caller may write to it until then. Executing the same inputs again
-        gives the same result: a session does so to find out which sequence of a failed step was at fault.
+        The tensor is valid until the next call, and the caller may write to it until then. Executing the same inputs
+        again gives the same result: a session does so to find out which sequence of a failed step was at fault.
         """
         ...
 

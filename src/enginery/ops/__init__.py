@@ -13,7 +13,15 @@ from enginery.ops.gpt_attention import GPT_ATTENTION
 from enginery.ops.linear import PACK_LINEAR, PACKED_EMBEDDING, PACKED_LINEAR, PANEL
 from enginery.ops.paged_attention import PAGED_ATTENTION
 
-OPS: tuple[Op, ...] = (ATTENTION, PAGED_ATTENTION, PACK_LINEAR, PACKED_LINEAR, PACKED_EMBEDDING, EXPERT_LINEAR, GPT_ATTENTION)
+OPS: tuple[Op, ...] = (
+    ATTENTION,
+    PAGED_ATTENTION,
+    PACK_LINEAR,
+    PACKED_LINEAR,
+    PACKED_EMBEDDING,
+    EXPERT_LINEAR,
+    GPT_ATTENTION,
+)
 
 attention = ATTENTION.overload
 paged_attention = PAGED_ATTENTION.overload
@@ -30,6 +38,6 @@ def reference(overload: torch._ops.OpOverload) -> Callable:
 
 
 __all__ = [
-    "NAMESPACE", "OPS", "PANEL", "Op", "attention", "expert_linear", "gpt_attention", "pack_linear", "packed_embedding", "packed_linear",
-    "paged_attention", "reference",
+    "NAMESPACE", "OPS", "PANEL", "Op", "attention", "expert_linear", "gpt_attention", "pack_linear", "packed_embedding",
+    "packed_linear", "paged_attention", "reference",
 ]  # fmt: skip

@@ -17,9 +17,10 @@ def attention_scores(
     softcap: float | None,
     alibi_slopes: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Masked scores `[Hq, T, S]` in float32 (float64 for float64 inputs); `positions[t]` is the place of query t among the S keys.
+    """Masked scores `[Hq, T, S]`, float32 or float64 as the inputs; `positions[t]` is query t's place among the keys.
 
-    s = scale·q·k;  s = c·tanh(s / c) with a soft cap;  s += slope·(j − i) with ALiBi;  −inf for j > i, and for j ≤ i − window.
+    s = scale·q·k;  s = c·tanh(s / c) with a soft cap;  s += slope·(j − i) with ALiBi;
+    s = −inf for j > i, and for j ≤ i − window.
     """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     groups = query.shape[1] // key.shape[1]
@@ -38,7 +39,7 @@ def attention_scores(
 
 
 def attend(scores: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """softmax(scores [Hq, T, S])·value [S, Hkv, Dv] -> [T, Hq, Dv]. A sink joins the softmax as one more logit without a value."""
+    """softmax(scores [Hq, T, S])·value [S, Hkv, Dv] -> [T, Hq, Dv]. A sink is one more logit, without a value."""
     groups = scores.shape[0] // value.shape[1]
     if sinks is not None:
         column = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)

@@ -1,7 +1,7 @@
 """How an operator enters the closed set: schema + eager reference + shape rule, declared once.
 
-The reference is registered for every device (`CompositeExplicitAutograd`), so the system is complete, only slow, without
-any kernel. A kernel registers itself for a device key (`CPU`, `CUDA`), which the dispatcher prefers.
+The reference is registered for every device (`CompositeExplicitAutograd`), so the system is complete, only slow,
+without any kernel. A kernel registers itself for a device key (`CPU`, `CUDA`), which the dispatcher prefers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Op:
 def declare(schema: str, *, reference: Callable, shape: Callable) -> Op:
     """Registers `enginery::schema` and returns its handle.
 
-    `shape` gives empty outputs for inputs without data (torch's "fake" rule). Arguments that the schema marks as written
-    (`Tensor(a!)`) are barriers for rewriting.
+    `shape` gives empty outputs for inputs without data (torch's "fake" rule). Arguments that the schema marks as
+    written (`Tensor(a!)`) are barriers for rewriting.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)

@@ -8,9 +8,13 @@ from enginery.ops.declare import declare
 
 
 def expert_linear_reference(
-    input: torch.Tensor, weight: torch.Tensor, experts: torch.Tensor, bias: torch.Tensor | None = None, transposed: bool = False
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    experts: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    transposed: bool = False,
 ) -> torch.Tensor:
-    """input `[S, K]`, weight `[E, N, K]` (`[E, K, N]` if transposed), experts `[S]` int64, bias `[E, N]` -> `[S, N]`."""
+    """input `[S, K]`, weight `[E, N, K]` (transposed: `[E, K, N]`), experts `[S]` int64, bias `[E, N]` -> `[S, N]`."""
     rows = weight.shape[2] if transposed else weight.shape[1]
     output = input.new_empty(input.shape[0], rows)
     for expert in experts.unique().tolist():

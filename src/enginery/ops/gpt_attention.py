@@ -1,4 +1,4 @@
-"""Attention over one fused tensor of queries, keys and values: the call of TensorRT-LLM 0.5's plugin, without its cache."""
+"""Attention over one fused tensor of queries, keys and values: TensorRT-LLM 0.5's plugin, without its cache."""
 
 from __future__ import annotations
 

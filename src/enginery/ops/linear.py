@@ -1,4 +1,4 @@
-"""Linear layers over packed weights: the layout that the skinny matrix products of decoding stream at full bandwidth."""
+"""Linear layers over packed weights: the layout that decoding's skinny products stream at full bandwidth."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def pair_of(dtype: torch.dtype) -> int:
 
 
 def pack_reference(weight: torch.Tensor) -> torch.Tensor:
-    """weight `[N, K]` -> `[ceil(N / 32), K, 32, 1]`; bfloat16: `[ceil(N / 32), ceil(K / 2), 32, 2]` (padded with zeros).
+    """weight `[N, K]` -> `[⌈N/32⌉, K, 32, 1]`; bfloat16: `[⌈N/32⌉, ⌈K/2⌉, 32, 2]`, padded with zeros.
 
-    A panel holds 32 rows of the weight, one depth after another. A bfloat16 panel holds pairs of depths side by side, so that a
-    32-bit lane holds two neighbouring depths of one output: the operand of AVX512-BF16's dot product, and two shifts away
-    from float32 elsewhere. (float16 has an instruction that widens lanes in order, so it needs no pairs.)
+    A panel holds 32 rows of the weight, one depth after another. A bfloat16 panel holds pairs of depths side by side, so
+    that a 32-bit lane holds two neighbouring depths of one output: the operand of AVX512-BF16's dot product, and two
+    shifts away from float32 elsewhere. (float16 has an instruction that widens lanes in order, so it needs no pairs.)
     """
     pair = pair_of(weight.dtype)
     rows, depth = weight.shape
@@ -59,7 +59,7 @@ PACKED_LINEAR = declare(
 
 
 def packed_embedding_reference(indices: torch.Tensor, weight: torch.Tensor, features: int) -> torch.Tensor:
-    """indices `[...]` int64 -> rows of W `[..., K]` with W given as `pack_linear(W)`: one copy serves embedding and head."""
+    """indices `[...]` int64 -> rows of W `[..., K]`, W given as `pack_linear(W)`: one copy for embedding and head."""
     panels = weight[indices // PANEL, :, indices % PANEL]
     return panels.flatten(-2)[..., :features]
 

@@ -1,4 +1,4 @@
-"""Attention of a batch of sequences over a paged KV cache (Kwon et al., SOSP 2023): what `attention` becomes in an engine."""
+"""Attention of a batch of sequences over a paged KV cache (Kwon et al., SOSP 2023): `attention` in an engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def paged_attention_reference(
     key_cache `[blocks, Hkv, block_size, Dk]`, value_cache `[blocks, Hkv, block_size, Dv]`: the layer's pool.
     slot_mapping `[T]` int64: block · block_size + offset of each token; −1: padding, nothing is written.
     block_tables `[S, B]` int32; query_start `[S + 1]` int32: sequence s owns tokens query_start[s]:query_start[s + 1];
-    seq_lens `[S]` int32: length of each sequence, the new tokens counted in. Returns `[T, Hq, Dv]`; rows of no sequence are zero.
+    seq_lens `[S]` int32: length of each sequence, the new tokens counted in. Returns `[T, Hq, Dv]`; rows of no
+    sequence are zero.
     """
     block_size = key_cache.shape[2]
     real = slot_mapping >= 0

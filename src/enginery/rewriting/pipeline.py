@@ -16,6 +16,7 @@ from typing import Any
 from enginery import env
 from enginery.errors import UsageError
 from enginery.network import Network
+from enginery.rewriting.explain import Miss, explain
 from enginery.rewriting.isolation import check_tokens_apart
 from enginery.rewriting.manager import RewritePatternManager
 from enginery.rewriting.report import Report
@@ -37,6 +38,7 @@ from enginery.rewriting.rules.merge_reshapes import MergeReshapes
 from enginery.rewriting.rules.pack_linears import PackLinears, PackTiedEmbedding
 from enginery.rewriting.rules.page_attention import PageAttention, open_cache
 from enginery.rewriting.rules.recognise_attention import RecogniseAttention
+from enginery.rewriting.rules.sink_transposes import SinkTransposes, TransposeOfUnsqueeze
 from enginery.rewriting.rules.view_to_reshape import ViewToReshape
 
 
@@ -65,7 +67,8 @@ class Phase:
 
 TIDY: tuple[type[PatternRewriter], ...] = (
     DeadCode, DropCasts, DropCopies, DropViews, DropIdentities, ViewToReshape, MergeReshapes, CancelUnsqueeze,
-    PermuteToTranspose, CancelTransposes, SelectBeforeTranspose, CommonSubexpressions,
+    PermuteToTranspose, CancelTransposes, SelectBeforeTranspose, SinkTransposes, TransposeOfUnsqueeze,
+    CommonSubexpressions,
 )  # fmt: skip
 """what leaves a network's values as they are and makes equal things look equal"""
 
@@ -124,8 +127,8 @@ class PipelineReport:
         return [{"phase": name, **report.to_json()} for name, report in self.phases]
 
 
-def run_phases(network: Network, config: PipelineConfig | None = None) -> PipelineReport:
-    """Rewrites the network in place.
+def run_phases(network: Network, config: PipelineConfig | None = None, *, before: str | None = None) -> PipelineReport:
+    """Rewrites the network in place. With `before`, stops in front of the first phase that has a rule of that name.
 
     Raises UsageError for a disabled rule that there is not, RewriteError naming rule and layer if a rule breaks its
     contract, UnsupportedError naming the layer if tokens meet outside attention.
@@ -137,13 +140,25 @@ def run_phases(network: Network, config: PipelineConfig | None = None) -> Pipeli
         if phase.wanted(config):
             if phase.prepare is not None:
                 phase.prepare(network, config)
-            report.phases.append((phase.name, _manager(phase, config).rewrite(network)))
+            manager = _manager(phase, config)
+            if before in manager.labels:
+                return report
+            report.phases.append((phase.name, manager.rewrite(network)))
             _show(number, network, *report.phases[-1])
     check_tokens_apart(network)
     for tensor in network.constants:
         if not tensor.users and not tensor.is_output:
             network.remove_constant(tensor)
     return report
+
+
+def nearest_miss(network: Network, rule: str, config: PipelineConfig | None = None) -> Miss | None:
+    """Why a rule does not fit the network as its phase finds it, or None if it does. Rewrites the network."""
+    config = config or PipelineConfig()
+    run_phases(network, config, before=rule)
+    managers = (_manager(phase, config) for phase in PHASES)
+    found = next((manager for manager in managers if rule in manager.labels), None)
+    return explain(network, found.get(rule), label=rule) if found is not None else None
 
 
 def rule_names() -> tuple[str, ...]:

@@ -32,13 +32,14 @@ class PackLinears(PatternRewriter):
 class PackTiedEmbedding(PatternRewriter):
     """embedding(W, i) = packed_embedding(i, pack(W), K) where W is packed for the head"""
 
-    root_layer = (aten.embedding.default,)
+    root_layer = (ops.pack_linear,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:
-        weight, indices = layer.args[:2]
-        if not any(user.op is ops.pack_linear for user in weight.users):
-            return None
-        return ops.packed_embedding(indices, pack(weight), weight.shape[1])
+        (weight,) = layer.args
+        lookups = [user for user in weight.users if user.op is aten.embedding.default and user.args[0] is weight]
+        return {
+            lookup: ops.packed_embedding(lookup.args[1], layer.output, weight.shape[1]) for lookup in lookups
+        } or None
 
 
 def pack(weight: Tensor) -> Tensor:
