@@ -1,10 +1,10 @@
-"""Building an engine: time by stage and peak memory at 4 and 24 layers of one width, and the second start from the engine.
+"""Building an engine at 4 and 24 layers of one width: time by stage, peak memory, and the second start.
 
     python benchmarks/build.py                  # table and one JSON line
     python benchmarks/build.py --layers 4 24 --write
 
-Each build runs in a process of its own with an empty cache of compiled regions; the C++ kernels, which are compiled once for a
-machine, are compiled before. Stages overlap: the compilers run while the weights are bound.
+Each build runs in a process of its own with an empty cache of compiled regions; the C++ kernels, which are compiled
+once for a machine, are compiled before. Stages overlap: the compilers run while the weights are bound.
 - import: the packages; frontend: checkpoint to network; rewrite: all rules; lower: Python's part of the compilation;
   bind: weights; compile: what the C++ compilers took longer than that.
 - peak: the process's resident memory, of which `anonymous` is not the page cache of mapped files.

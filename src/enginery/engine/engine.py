@@ -178,7 +178,7 @@ class Engine:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU the operating system gives the pages, zeroed, when they are first written: torch.zeros would touch them all."""
+    """On a CPU a page is taken when it is first written; torch.zeros would write them all."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
