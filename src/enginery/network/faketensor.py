@@ -1,7 +1,7 @@
 """Types by torch's own shape propagation (FakeTensor with a ShapeEnv), for operators without a shape rule.
 
-It takes a third of a millisecond to a few milliseconds per call. The machinery is imported by the functions that use it:
-it takes a second, which opening an engine need not spend.
+It takes a third of a millisecond to a few milliseconds per call. The machinery is imported by the functions that use
+it: it takes a second, which opening an engine need not spend.
 """
 
 from __future__ import annotations
