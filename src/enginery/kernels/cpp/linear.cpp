@@ -9,12 +9,14 @@
 #include "kernels.h"
 #include "rows.h"
 #include "scratch.h"
+#include "share.h"
 
 namespace enginery {
 namespace {
 
 constexpr int kVectors = kPanel / kLanes;
 constexpr int64_t kBlockBytes = 1 << 18;  // rows of A that stay in the second cache while all panels pass
+constexpr int64_t kLeastTiles = 4;        // but so many of them in any case, or the weights come from memory again and again
 constexpr int64_t kDepth = kChunk;        // steps of a panel that stay in the first cache while the tiles of a block pass
 constexpr int64_t kAhead = 64;            // steps of a single tile's panel that are on their way from memory
 constexpr int64_t kWidenFrom = 3;         // tiles that pay for widening a 16-bit panel to float32 once
@@ -50,29 +52,36 @@ class PackedLinear {
         groups_((call.features + kPanel - 1) / kPanel),
         tiles_(call.rows) {
     const int64_t tile_bytes = kMaxRows * chunks_ * kChunk * int64_t(sizeof(float));
-    tiles_per_block_ = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(tile_bytes, 1), 1, tiles_.count);
+    const int64_t fitting = std::max(kLeastTiles, kBlockBytes / std::max<int64_t>(tile_bytes, 1));
+    const int64_t shared = tiles_.count * groups_ / (2 * call.threads);  // few groups: smaller blocks, or threads would idle
+    tiles_per_block_ = std::clamp<int64_t>(std::min(fitting, shared), 1, tiles_.count);
+    blocks_ = (tiles_.count + tiles_per_block_ - 1) / tiles_per_block_;
     widened_ = !Layout<T>::kCopied && tiles_per_block_ >= kWidenFrom;
   }
 
+  // A task is a block of rows times a panel. Each thread packs the rows that it meets for itself: tasks follow one another block by
+  // block, so little is packed twice and no thread ever waits for another.
   void run() {
     const int64_t block_rows = tiles_per_block_ * kMaxRows;
-    const size_t packed_bytes = round_up(block_rows * chunks_ * kChunk * sizeof(float), kLine);
-    const size_t sums = block_rows * kPanel, wide = widened_ ? steps_ * kPair * kPanel : 0;
-    char* scratch = thread_scratch().reserve(packed_bytes + call_.threads * (sums + wide) * sizeof(float));
-    float* packed = reinterpret_cast<float*>(scratch);
-    const bool direct = call_.rows == 1 && Layout<T>::kCopied && call_.depth % kPair == 0;
+    const size_t packed = block_rows * chunks_ * kChunk, sums = block_rows * kPanel;
+    const size_t wide = widened_ ? steps_ * kPair * kPanel : 0, own = packed + sums + wide;
+    float* scratch = reinterpret_cast<float*>(thread_scratch().reserve(call_.threads * own * sizeof(float)));
+    SharedTasks tasks(blocks_ * groups_, call_.threads);
 #pragma omp parallel num_threads(call_.threads)
     {
-      float* own = reinterpret_cast<float*>(scratch + packed_bytes) + omp_get_thread_num() * (sums + wide);
-      for (int64_t first = 0; first < tiles_.count; first += tiles_per_block_) {
-        const int64_t last = std::min(first + tiles_per_block_, tiles_.count);
-        if (direct) {
-          multiply_block(first, last, static_cast<const float*>(call_.input), own, own + sums);
-        } else {
-          pack(first, last, packed);
-          multiply_block(first, last, packed, own, own + sums);
-#pragma omp barrier
-        }
+      float* memory = scratch + omp_get_thread_num() * own;
+      int64_t packed_block = -1;
+      for (int64_t task; (task = tasks.next(omp_get_thread_num())) >= 0;) {
+        const int64_t block = task / groups_, group = task % groups_;
+        const int64_t first = block * tiles_per_block_, last = std::min(first + tiles_per_block_, tiles_.count);
+        const float* rows = memory;
+        if (is_packed())
+          rows = static_cast<const float*>(call_.input);
+        else if (block != packed_block)
+          pack(first, last, memory);
+        packed_block = block;
+        multiply_group(group, first, last, rows, memory + packed, memory + packed + sums);
+        finish(group, first, last, memory + packed);
       }
     }
   }
@@ -80,32 +89,14 @@ class PackedLinear {
  private:
   static constexpr int kPair = Layout<T>::kPair;
 
-  // Where a tile of the block lies in the packed rows.
-  int64_t offset(int64_t first, int64_t tile) const { return (tiles_.begin(tile) - tiles_.begin(first)) * chunks_ * kChunk; }
+  // One row whose elements are the format's is its own packed form.
+  bool is_packed() const { return call_.rows == 1 && Layout<T>::kCopied && call_.depth % kPair == 0; }
 
-  void pack(int64_t first, int64_t last, float* packed) const {
-#pragma omp for schedule(static) collapse(2)
+  void pack(int64_t first, int64_t last, float* out) const {
     for (int64_t tile = first; tile < last; ++tile)
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        const int rows = tiles_.size(tile);
-        float* out = packed + offset(first, tile) + chunk * rows * kChunk;
-        for (int r = 0; r < rows; ++r) {
-          const T* row = static_cast<const T*>(call_.input) + (tiles_.begin(tile) + r) * call_.depth;
-          pack_operand_chunk(row, call_.depth, elements_, chunk, out + r * kChunk);
-        }
-      }
-  }
-
-  // Each thread takes a contiguous range of (group, tiles); a group's tiles are divided only where groups are few.
-  void multiply_block(int64_t first, int64_t last, const float* packed, float* sums, float* wide) const {
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), count = last - first;
-    const int64_t parts = std::clamp<int64_t>(2 * threads / groups_, 1, count), tasks = groups_ * parts;
-    for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-      const int64_t group = task / parts, part = task % parts;
-      const int64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
-      multiply_group(group, begin, end, packed + offset(first, begin), sums, wide);
-      finish(group, begin, end, sums);
-    }
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk)
+        for (int64_t row = tiles_.begin(tile); row < tiles_.begin(tile + 1); ++row, out += kChunk)
+          pack_operand_chunk(static_cast<const T*>(call_.input) + row * call_.depth, call_.depth, elements_, chunk, out);
   }
 
   // sums [rows of the tiles][kPanel] = their products with one panel
@@ -167,7 +158,7 @@ class PackedLinear {
   const LinearCall& call_;
   int64_t steps_, elements_, chunks_, groups_;
   Tiles tiles_;
-  int64_t tiles_per_block_;
+  int64_t tiles_per_block_, blocks_;
   bool widened_;
 };
 

@@ -81,8 +81,8 @@ void run(const Product& product) {
   for (int64_t left = product.steps; left > 0; left -= kSteps, a += R * kChunk) {
     const float* end = a + (left < kSteps ? left : kSteps) * kElements;
     for (const float* row = a; row < end; row += kElements, b += b_step, ahead += ahead_step) {
-      __builtin_prefetch(ahead);
-      __builtin_prefetch(ahead + ahead_second);
+      __builtin_prefetch(ahead, 0, 0);  // weights pass once: not through the second cache
+      __builtin_prefetch(ahead + ahead_second, 0, 0);
       Step<T, R, V>::run(acc, row, b, b_vector);
     }
   }
