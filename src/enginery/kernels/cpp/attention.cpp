@@ -1,9 +1,10 @@
-// Attention over a paged cache with an online softmax (Milakov & Gimelshein, 2018; FlashAttention's tiling, Dao et al., 2022).
+// Attention over a paged cache with an online softmax (Milakov & Gimelshein, 2018; FlashAttention's tiling, Dao et al.,
+// 2022).
 //
-// A task is a tile of query tokens of one sequence times one KV head: all its query heads are rows of the same two matrix
-// products, so keys and values are read once for all of them. Keys pass in blocks that start at multiples of kBlock of
-// their position in the sequence. A row takes the same steps in the same order whatever tile it lies in: keys that it
-// may not see are exact no-ops. So decode, chunked and whole prefill of one token give the same bits.
+// A task is a tile of query tokens of one sequence times one KV head: all its query heads are rows of the same two
+// matrix products, so keys and values are read once for all of them. Keys pass in blocks that start at multiples of
+// kBlock of their position in the sequence. A row takes the same steps in the same order whatever tile it lies in: keys
+// that it may not see are exact no-ops. So decode, chunked and whole prefill of one token give the same bits.
 #include <omp.h>
 
 #include <algorithm>
@@ -162,7 +163,8 @@ class Attend {
     for (int64_t tile = 0; tile < tiles_.count; ++tile)
       for (int r = 0; r < tiles_.size(tile); ++r) {
         const int64_t row = tiles_.begin(tile) + r;
-        const T* query = static_cast<const T*>(call_.query.data) + token(row) * call_.query.token + head(row) * call_.query.head;
+        const T* queries = static_cast<const T*>(call_.query.data);
+        const T* query = queries + token(row) * call_.query.token + head(row) * call_.query.head;
         for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
           float* out = work_.queries + (tiles_.begin(tile) * chunks_ + chunk * tiles_.size(tile) + r) * kChunk;
           pack_operand_chunk(query, call_.key_size, steps_ * elements_per_step(Reads<T>::kKeys), chunk, out);
@@ -257,10 +259,10 @@ class Attend {
       add_product(Format::kFloat, work_.values + begin * width_, width_, begin, end - begin);
     }
     const int64_t stride = call_.value_cache.token;
-    for (int at = begin, next_run; at < end; at = next_run) {
-      for (next_run = at + 1; next_run < end && rows.values[next_run] == rows.values[next_run - 1] + stride;) ++next_run;
-      if (rows_ < kGatherFrom) add_product(Reads<T>::kValues, rows.values[at], stride, at, next_run - at);
-      if (full_ < call_.value_size) add_tail_product(rows.values[at], at, next_run - at);
+    for (int at = begin, stop; at < end; at = stop) {
+      for (stop = at + 1; stop < end && rows.values[stop] == rows.values[stop - 1] + stride;) ++stop;
+      if (rows_ < kGatherFrom) add_product(Reads<T>::kValues, rows.values[at], stride, at, stop - at);
+      if (full_ < call_.value_size) add_tail_product(rows.values[at], at, stop - at);
     }
   }
 
@@ -385,7 +387,8 @@ void attend_doubles(const AttentionCall& call, int64_t sequence, int64_t token, 
   const Range seen = visible(call, position, length);
   const auto row_of = [&](const Cache& cache, int64_t key) {
     const int64_t block = call.tables[sequence * call.table_stride + key / call.block_size];
-    return static_cast<const double*>(cache.data) + block * cache.block + kv_head * cache.head + key % call.block_size * cache.token;
+    const double* head_data = static_cast<const double*>(cache.data) + block * cache.block + kv_head * cache.head;
+    return head_data + key % call.block_size * cache.token;
   };
   const double* query = static_cast<const double*>(call.query.data) + token * call.query.token + head * call.query.head;
   double best = call.sinks == nullptr ? -std::numeric_limits<double>::infinity() : call.sinks[head];

@@ -1,7 +1,7 @@
 // The ops of enginery/ops/ for the CPU dispatch key: checks of arguments, then the kernels.
 //
-// Bound through torch's stable ABI: its headers compile in one second (torch/library.h: five, torch/extension.h: thirty), and an AOTInductor
-// region reaches these functions through the dispatcher without Python.
+// Bound through torch's stable ABI: its headers compile in one second (torch/library.h: five, torch/extension.h:
+// thirty), and an AOTInductor region reaches these functions through the dispatcher without Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -75,8 +75,8 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
   return Tensor(handle);
 }
 
-// Memory for what decoding streams through: where it lies in huge pages, a virtual machine's nested page walks vanish and two
-// threads read it up to three times as fast (26 -> 74 GB/s on a 2-core EPYC guest).
+// Memory for what decoding streams through: where it lies in huge pages, a virtual machine's nested page walks vanish
+// and two threads read it up to three times as fast (26 -> 74 GB/s on a 2-core EPYC guest).
 Tensor empty_in_huge_pages(const std::vector<int64_t>& sizes, const Tensor& like) {
 #if defined(__linux__) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
   constexpr size_t kHugePage = size_t(2) << 20;
@@ -88,7 +88,8 @@ Tensor empty_in_huge_pages(const std::vector<int64_t>& sizes, const Tensor& like
     madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // advice: where it is refused, pages are small
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t at = sizes.size(); at-- > 1;) strides[at - 1] = strides[at] * sizes[at];
-    return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), [](void* held) { std::free(held); });
+    const auto release = [](void* held) { std::free(held); };
+    return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), release);
   }
 #endif
   return empty(sizes, like);
@@ -100,7 +101,9 @@ std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
 }
 
-const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
+const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->data_ptr() : nullptr;
+}
 
 int64_t pair_of(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 1; }
 
@@ -112,7 +115,8 @@ Tensor bound_pack_linear(Tensor weight) {
   check_dims(op, "weight", weight, 2);
   weight = dense(weight);
   const int64_t features = weight.size(0), depth = weight.size(1), pair = pair_of(dtype);
-  Tensor panels = empty_in_huge_pages({(features + kPanel - 1) / kPanel, (depth + pair - 1) / pair, kPanel, pair}, weight);
+  const int64_t count = (features + kPanel - 1) / kPanel, steps = (depth + pair - 1) / pair;
+  Tensor panels = empty_in_huge_pages({count, steps, kPanel, pair}, weight);
   pack_linear({dtype, weight.data_ptr(), features, depth, panels.data_ptr(), thread_count()});
   return panels;
 }
@@ -120,7 +124,8 @@ Tensor bound_pack_linear(Tensor weight) {
 void check_panels(const char* op, const Tensor& weight, DType dtype, int64_t depth) {
   check_dims(op, "packed weight", weight, 4);
   const int64_t pair = pair_of(dtype), steps = (depth + pair - 1) / pair;
-  CHECK(weight.size(2) == kPanel && weight.size(3) == pair, op, ": the weight is not packed for its dtype; use pack_linear");
+  CHECK(weight.size(2) == kPanel && weight.size(3) == pair, op,
+        ": the weight is not packed for its dtype; use pack_linear");
   CHECK(weight.size(1) == steps, op, ": the packed weight has depth ", weight.size(1) * pair, ", the input ", depth);
   CHECK(weight.is_contiguous(), op, ": the packed weight must be contiguous");
 }
@@ -132,8 +137,8 @@ Tensor bound_packed_linear(Tensor input, Tensor weight, int64_t out_features, st
   CHECK(input.dim() >= 1, op, ": the input has no dimension");
   const int64_t depth = input.size(-1), panels = (out_features + kPanel - 1) / kPanel;
   check_panels(op, weight, dtype, depth);
-  CHECK(out_features >= 0 && weight.size(0) == panels, op, ": ", out_features, " outputs need ", panels, " panels, the weight has ",
-        weight.size(0));
+  CHECK(out_features >= 0 && weight.size(0) == panels, op, ": ", out_features, " outputs need ", panels,
+        " panels, the weight has ", weight.size(0));
   if (bias.has_value()) {
     check_same(op, "bias", *bias, input);
     CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have ", out_features, " elements");
@@ -146,8 +151,8 @@ Tensor bound_packed_linear(Tensor input, Tensor weight, int64_t out_features, st
   if (rows == 0 || out_features == 0) return output;
   input = dense(input);
   bias = dense(bias);
-  packed_linear({dtype, input.data_ptr(), rows, depth, out_features, weight.data_ptr(), data_or_null(bias), output.data_ptr(),
-                 thread_count()});
+  packed_linear({dtype, input.data_ptr(), rows, depth, out_features, weight.data_ptr(), data_or_null(bias),
+                 output.data_ptr(), thread_count()});
   return output;
 }
 
@@ -185,7 +190,8 @@ Tensor bound_expert_linear(Tensor input, Tensor weight, Tensor experts, std::opt
   CHECK(experts.size(0) == rows, op, ": ", experts.size(0), " experts for ", rows, " rows");
   if (bias.has_value()) {
     check_same(op, "bias", *bias, input);
-    CHECK(bias->dim() == 2 && bias->size(0) == count && bias->size(1) == features, op, ": bias must be [", count, ", ", features, "]");
+    CHECK(bias->dim() == 2 && bias->size(0) == count && bias->size(1) == features, op, ": bias must be [", count, ", ",
+          features, "]");
   }
   input = dense(input);
   weight = dense(weight);
@@ -196,8 +202,8 @@ Tensor bound_expert_linear(Tensor input, Tensor weight, Tensor experts, std::opt
     CHECK(chosen[row] >= 0 && chosen[row] < count, op, ": expert ", chosen[row], " is outside [0, ", count, ")");
   Tensor output = empty({rows, features}, input);
   if (rows == 0 || features == 0) return output;
-  expert_linear({dtype, input.data_ptr(), rows, depth, features, count, weight.data_ptr(), transposed, chosen, data_or_null(bias),
-                 output.data_ptr(), thread_count()});
+  expert_linear({dtype, input.data_ptr(), rows, depth, features, count, weight.data_ptr(), transposed, chosen,
+                 data_or_null(bias), output.data_ptr(), thread_count()});
   return output;
 }
 
@@ -215,7 +221,8 @@ Heads heads(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0),
 std::vector<double> per_head(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t heads) {
   std::vector<double> values;
   if (!tensor.has_value()) return values;
-  CHECK(tensor->dim() == 1 && tensor->size(0) == heads, op, ": ", name, " must have one element for each of the ", heads, " query heads");
+  CHECK(tensor->dim() == 1 && tensor->size(0) == heads, op, ": ", name, " must have one element for each of the ", heads,
+        " query heads");
   const DType dtype = dtype_of(op, *tensor);
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t at = head * tensor->stride(0);
@@ -240,10 +247,11 @@ AttentionCall common(const char* op, const Tensor& query, const Tensor& key, con
   call.kv_heads = key.size(1);
   call.key_size = query.size(2);
   call.value_size = value.size(2);
-  CHECK(key.size(0) == call.tokens && value.size(0) == call.tokens, op, ": query, key and value must have as many tokens");
+  CHECK(key.size(0) == call.tokens && value.size(0) == call.tokens, op,
+        ": query, key and value must have as many tokens");
   CHECK(value.size(1) == call.kv_heads, op, ": key has ", call.kv_heads, " heads, value ", value.size(1));
-  CHECK(call.kv_heads > 0 && call.query_heads % call.kv_heads == 0, op, ": ", call.query_heads, " query heads are no multiple of ",
-        call.kv_heads, " key heads");
+  CHECK(call.kv_heads > 0 && call.query_heads % call.kv_heads == 0, op, ": ", call.query_heads,
+        " query heads are no multiple of ", call.kv_heads, " key heads");
   CHECK(key.size(2) == call.key_size, op, ": query has size ", call.key_size, " per head, key ", key.size(2));
   CHECK(!window.has_value() || *window >= 1, op, ": window must be at least 1");
   CHECK(!softcap.has_value() || *softcap > 0, op, ": softcap must be positive");
@@ -265,7 +273,8 @@ Tensor bound_attention(Tensor query, Tensor key, Tensor value, double scale, boo
   query = dense_heads(op, "query", query, query);
   key = dense_heads(op, "key", key, query);
   value = dense_heads(op, "value", value, query);
-  const auto sink_values = per_head(op, "sinks", sinks, query.size(1)), slopes = per_head(op, "alibi_slopes", alibi_slopes, query.size(1));
+  const auto sink_values = per_head(op, "sinks", sinks, query.size(1));
+  const auto slopes = per_head(op, "alibi_slopes", alibi_slopes, query.size(1));
   AttentionCall call = common(op, query, key, value, scale, window, softcap, sink_values, slopes);
   CHECK(call.tokens <= INT32_MAX, op, ": too many tokens");
   Tensor output = empty({call.tokens, call.query_heads, call.value_size}, query);
@@ -287,7 +296,8 @@ Tensor bound_attention(Tensor query, Tensor key, Tensor value, double scale, boo
 Cache cache(const char* op, const char* name, const Tensor& pool, const Tensor& query, int64_t heads, int64_t size) {
   check_dims(op, name, pool, 4);
   check_same(op, name, pool, query);
-  CHECK(pool.size(1) == heads && pool.size(3) == size, op, ": ", name, " must be [blocks, ", heads, ", block_size, ", size, "]");
+  CHECK(pool.size(1) == heads && pool.size(3) == size, op, ": ", name, " must be [blocks, ", heads, ", block_size, ",
+        size, "]");
   CHECK(pool.stride(3) == 1 || size <= 1, op, ": the last dimension of ", name, " must be contiguous");
   return {pool.data_ptr(), pool.stride(0), pool.stride(1), pool.stride(2)};
 }
@@ -311,40 +321,47 @@ void check_batch(const char* op, const AttentionCall& call, int64_t blocks, int6
     previous = end;
     if (count == 0) continue;
     CHECK(length >= count, op, ": sequence ", sequence, " has ", count, " new tokens but length ", length);
-    CHECK(length <= table_width * call.block_size, op, ": sequence ", sequence, " of length ", length, " exceeds its table of ", table_width,
-          " blocks");
+    CHECK(length <= table_width * call.block_size, op, ": sequence ", sequence, " of length ", length,
+          " exceeds its table of ", table_width, " blocks");
     const int64_t position = length - count, first = call.window > position ? 0 : position - call.window + 1;
     for (int64_t block = first / call.block_size; block * call.block_size < length; ++block) {
       const int32_t id = call.tables[sequence * call.table_stride + block];
-      CHECK(id >= 0 && id < blocks, op, ": block ", id, " of sequence ", sequence, " is outside the cache of ", blocks, " blocks");
+      CHECK(id >= 0 && id < blocks, op, ": block ", id, " of sequence ", sequence, " is outside the cache of ", blocks,
+            " blocks");
     }
   }
 }
 
-Tensor bound_paged_attention(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping,
-                             Tensor block_tables, Tensor query_start, Tensor seq_lens, double scale, std::optional<int64_t> window,
-                             std::optional<double> softcap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes) {
+Tensor bound_paged_attention(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
+                             Tensor slot_mapping, Tensor block_tables, Tensor query_start, Tensor seq_lens,
+                             double scale, std::optional<int64_t> window, std::optional<double> softcap,
+                             std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes) {
   const char* op = "paged_attention";
   query = dense_heads(op, "query", query, query);
   key = dense_heads(op, "key", key, query);
   value = dense_heads(op, "value", value, query);
-  const auto sink_values = per_head(op, "sinks", sinks, query.size(1)), slopes = per_head(op, "alibi_slopes", alibi_slopes, query.size(1));
+  const auto sink_values = per_head(op, "sinks", sinks, query.size(1));
+  const auto slopes = per_head(op, "alibi_slopes", alibi_slopes, query.size(1));
   AttentionCall call = common(op, query, key, value, scale, window, softcap, sink_values, slopes);
   call.key_cache = cache(op, "key_cache", key_cache, query, call.kv_heads, call.key_size);
   call.value_cache = cache(op, "value_cache", value_cache, query, call.kv_heads, call.value_size);
   call.block_size = key_cache.size(2);
-  CHECK(value_cache.size(0) == key_cache.size(0) && value_cache.size(2) == call.block_size, op, ": the caches have different blocks");
+  CHECK(value_cache.size(0) == key_cache.size(0) && value_cache.size(2) == call.block_size, op,
+        ": the caches have different blocks");
   CHECK(call.block_size > 0, op, ": blocks are empty");
   check_type(op, "slot_mapping", slot_mapping, ScalarType::Long, "int64");
-  CHECK(slot_mapping.dim() == 1 && slot_mapping.size(0) == call.tokens, op, ": slot_mapping must have ", call.tokens, " elements");
+  CHECK(slot_mapping.dim() == 1 && slot_mapping.size(0) == call.tokens, op, ": slot_mapping must have ", call.tokens,
+        " elements");
   slot_mapping = dense(slot_mapping);
   check_dims(op, "block_tables", block_tables, 2);
   block_tables = dense(block_tables);
   query_start = dense(query_start);
   seq_lens = dense(seq_lens);
   call.sequences = block_tables.size(0);
-  CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == call.sequences, op, ": seq_lens must have ", call.sequences, " elements");
-  CHECK(query_start.dim() == 1 && query_start.size(0) == call.sequences + 1, op, ": query_start must have ", call.sequences + 1, " elements");
+  CHECK(seq_lens.dim() == 1 && seq_lens.size(0) == call.sequences, op, ": seq_lens must have ", call.sequences,
+        " elements");
+  CHECK(query_start.dim() == 1 && query_start.size(0) == call.sequences + 1, op, ": query_start must have ",
+        call.sequences + 1, " elements");
   call.slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
   call.tables = int32_data(op, "block_tables", block_tables);
   call.table_stride = block_tables.size(1);

@@ -60,7 +60,8 @@ class ExpertLinear {
         }
   }
 
-  void multiply_group(int64_t expert, int64_t group, const Tiles& tiles, const int64_t* rows, const float* packed, float* panels) const {
+  void multiply_group(int64_t expert, int64_t group, const Tiles& tiles, const int64_t* rows, const float* packed,
+                      float* panels) const {
     const int64_t column = group * kPanel, columns = std::min<int64_t>(kPanel, call_.features - column);
     for (int64_t at = 0; at < columns; at += kLanes) pack_panel(expert, column + at, panels + at * call_.depth);
     float c[kMaxRows * kPanel];
@@ -71,7 +72,8 @@ class ExpertLinear {
     product.steps = call_.depth;
     product.c = c;
     product.c_row = kPanel;
-    const T* bias = call_.bias == nullptr ? nullptr : static_cast<const T*>(call_.bias) + expert * call_.features + column;
+    const T* biases = static_cast<const T*>(call_.bias);
+    const T* bias = biases == nullptr ? nullptr : biases + expert * call_.features + column;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
       product.a = packed + tiles.begin(tile) * chunks_ * kChunk;
       multiply(Format::kFloat, tiles.size(tile), int(columns + kLanes - 1) / kLanes, product);
@@ -82,7 +84,8 @@ class ExpertLinear {
     }
   }
 
-  // Sixteen outputs of one expert as a float32 panel [depth][16]; missing outputs repeat the last one and are dropped later.
+  // Sixteen outputs of one expert as a float32 panel [depth][16]; missing outputs repeat the last one and are dropped
+  // later.
   void pack_panel(int64_t expert, int64_t column, float* panel) const {
     const T* weight = static_cast<const T*>(call_.weight) + expert * call_.features * call_.depth;
     const int count = int(std::min<int64_t>(kLanes, call_.features - column));
@@ -92,7 +95,8 @@ class ExpertLinear {
           panel[k * kLanes + lane] = lane < count ? widen(weight[k * call_.features + column + lane]) : 0.0f;
     } else {
       const T* rows[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) rows[lane] = weight + (column + std::min(lane, count - 1)) * call_.depth;
+      for (int lane = 0; lane < kLanes; ++lane)
+        rows[lane] = weight + (column + std::min(lane, count - 1)) * call_.depth;
       transpose_panel(rows, call_.depth, panel);
     }
   }
@@ -110,7 +114,8 @@ void multiply_doubles(const ExpertCall& call) {
   for (int64_t row = 0; row < call.rows; ++row)
     for (int64_t column = 0; column < call.features; ++column) {
       const int64_t expert = call.experts[row];
-      const double* weight = static_cast<const double*>(call.weight) + expert * call.features * call.depth + column * column_stride;
+      const double* weights = static_cast<const double*>(call.weight) + expert * call.features * call.depth;
+      const double* weight = weights + column * column_stride;
       double sum = bias == nullptr ? 0.0 : bias[expert * call.features + column];
       for (int64_t k = 0; k < call.depth; ++k) sum += input[row * call.depth + k] * weight[k * k_stride];
       static_cast<double*>(call.output)[row * call.features + column] = sum;

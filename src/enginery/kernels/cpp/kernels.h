@@ -1,4 +1,5 @@
-// The kernels as plain C++: pointers, sizes and strides in elements, no torch. bind.cpp checks the arguments and calls these.
+// The kernels as plain C++: pointers, sizes and strides in elements, no torch. bind.cpp checks the arguments and calls
+// these.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,8 @@ constexpr int kPanel = 32;  // PANEL of enginery/ops/linear.py
 
 enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-// weight [features, depth] -> panels [ceil(features / 32)][ceil(depth / pair)][32][pair], pair = 2 for bfloat16, else 1.
+// weight [features, depth] -> panels [ceil(features / 32)][ceil(depth / pair)][32][pair], pair = 2 for bfloat16, else
+// 1.
 struct PackCall {
   DType dtype;
   const void* weight;
@@ -43,7 +45,8 @@ struct EmbeddingCall {
 };
 void packed_embedding(const EmbeddingCall& call);
 
-// output [rows, features]: row r goes through expert experts[r] of weight [E, features, depth] ([E, depth, features] if transposed).
+// output [rows, features]: row r goes through expert experts[r] of weight [E, features, depth] ([E, depth, features] if
+// transposed).
 struct ExpertCall {
   DType dtype;
   const void* input;

@@ -1,6 +1,7 @@
-// packed_linear: GotoBLAS's blocking (Goto & van de Geijn, 2008) with B packed once and for all. A group of kPanel columns is
-// multiplied by all rows of a block before the next group, depth by depth, so that a piece of the group stays in the first cache
-// while the tiles of rows pass, and the weights are read from memory once for each block of rows.
+// packed_linear: GotoBLAS's blocking (Goto & van de Geijn, 2008) with B packed once and for all. A group of kPanel
+// columns is multiplied by all rows of a block before the next group, depth by depth, so that a piece of the group
+// stays in the first cache while the tiles of rows pass, and the weights are read from memory once for each block of
+// rows.
 #include <omp.h>
 
 #include <algorithm>
@@ -16,8 +17,8 @@ namespace {
 
 constexpr int kVectors = kPanel / kLanes;
 constexpr int64_t kBlockBytes = 1 << 18;  // rows of A that stay in the second cache while all panels pass
-constexpr int64_t kLeastTiles = 4;        // but so many of them in any case, or the weights come from memory again and again
-constexpr int64_t kDepth = kChunk;        // steps of a panel that stay in the first cache while the tiles of a block pass
+constexpr int64_t kLeastTiles = 4;        // but so many of them in any case: each block reads all weights
+constexpr int64_t kDepth = kChunk;        // steps of a panel that stay in the first cache while tiles pass
 constexpr int64_t kAhead = 64;            // steps of a single tile's panel that are on their way from memory
 constexpr int64_t kWidenFrom = 3;         // tiles that pay for widening a 16-bit panel to float32 once
 
@@ -53,14 +54,14 @@ class PackedLinear {
         tiles_(call.rows) {
     const int64_t tile_bytes = kMaxRows * chunks_ * kChunk * int64_t(sizeof(float));
     const int64_t fitting = std::max(kLeastTiles, kBlockBytes / std::max<int64_t>(tile_bytes, 1));
-    const int64_t shared = tiles_.count * groups_ / (2 * call.threads);  // few groups: smaller blocks, or threads would idle
+    const int64_t shared = tiles_.count * groups_ / (2 * call.threads);  // few panels: smaller blocks, more tasks
     tiles_per_block_ = std::clamp<int64_t>(std::min(fitting, shared), 1, tiles_.count);
     blocks_ = (tiles_.count + tiles_per_block_ - 1) / tiles_per_block_;
     widened_ = !Layout<T>::kCopied && tiles_per_block_ >= kWidenFrom;
   }
 
-  // A task is a block of rows times a panel. Each thread packs the rows that it meets for itself: tasks follow one another block by
-  // block, so little is packed twice and no thread ever waits for another.
+  // A task is a block of rows times a panel. Each thread packs the rows that it meets for itself: tasks follow one
+  // another block by block, so little is packed twice and no thread ever waits for another.
   void run() {
     const int64_t block_rows = tiles_per_block_ * kMaxRows;
     const size_t packed = block_rows * chunks_ * kChunk, sums = block_rows * kPanel;
@@ -93,10 +94,11 @@ class PackedLinear {
   bool is_packed() const { return call_.rows == 1 && Layout<T>::kCopied && call_.depth % kPair == 0; }
 
   void pack(int64_t first, int64_t last, float* out) const {
+    const T* input = static_cast<const T*>(call_.input);
     for (int64_t tile = first; tile < last; ++tile)
       for (int64_t chunk = 0; chunk < chunks_; ++chunk)
         for (int64_t row = tiles_.begin(tile); row < tiles_.begin(tile + 1); ++row, out += kChunk)
-          pack_operand_chunk(static_cast<const T*>(call_.input) + row * call_.depth, call_.depth, elements_, chunk, out);
+          pack_operand_chunk(input + row * call_.depth, call_.depth, elements_, chunk, out);
   }
 
   // sums [rows of the tiles][kPanel] = their products with one panel
@@ -106,7 +108,8 @@ class PackedLinear {
       widen_panel(panel, wide);
       multiply_panel(Format::kFloat, steps_ * kPair, 1, wide, begin, end, packed, sums);
     } else {
-      multiply_panel(Layout<T>::kFormat, steps_, elements_per_step(Layout<T>::kFormat), panel, begin, end, packed, sums);
+      constexpr Format kFormat = Layout<T>::kFormat;
+      multiply_panel(kFormat, steps_, elements_per_step(kFormat), panel, begin, end, packed, sums);
     }
   }
 
@@ -127,7 +130,8 @@ class PackedLinear {
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t row = tiles_.begin(tile) - tiles_.begin(begin), element = step * elements;
         const int rows = tiles_.size(tile);
-        const int64_t lead = tiles == 1 ? kAhead * step_bytes : depth * (step_bytes + (tile - begin) * product.ahead_step);
+        const int64_t piece = depth * (step_bytes + (tile - begin) * product.ahead_step);
+        const int64_t lead = tiles == 1 ? kAhead * step_bytes : piece;
         product.ahead = static_cast<const char*>(product.b) + lead;
         product.a = packed + row * chunks_ * kChunk + element / kChunk * rows * kChunk + element % kChunk;
         product.c = sums + row * kPanel;

@@ -74,7 +74,8 @@ void run(const Product& product) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[r][v] = product.accumulate ? load(product.c + r * c_row + v * kLanes) : broadcast(0.0f);
+    for (int v = 0; v < V; ++v)
+      acc[r][v] = product.accumulate ? load(product.c + r * c_row + v * kLanes) : broadcast(0.0f);
   const float* a = product.a;
   const T* b = static_cast<const T*>(product.b);
   const char* ahead = product.ahead;
@@ -120,7 +121,8 @@ Micro choose(Format format, int rows, int vectors) {
 
 void multiply(Format format, int rows, int vectors, const Product& product) {
   Product part = product;
-  if (part.ahead == nullptr) part.ahead = reinterpret_cast<const char*>(product.c);  // prefetching what is there costs nothing
+  // The inner loop always prefetches; what is at hand already costs it nothing.
+  if (part.ahead == nullptr) part.ahead = reinterpret_cast<const char*>(product.c);
   for (int vector = 0; vector < vectors;) {
     const int count = rows <= kWideRows && vectors - vector >= 2 ? 2 : 1;
     part.b = static_cast<const char*>(product.b) + vector * product.b_vector * bytes_per_column(format);

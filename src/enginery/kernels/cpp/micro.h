@@ -1,8 +1,8 @@
 // The one inner loop of every matrix product here: R rows of A times one or two vectors of sixteen columns of B.
 //
-// Law: element (r, c) of the result is the chain  x = fma(a[r][k], b[k][c], x)  for k = 0, 1, 2, ... in float32, whatever R is and
-// wherever the row lies. No other order is ever taken, so a row's result does not depend on the rows beside it. A chain
-// may be stored and taken up again, which is exact.
+// Law: element (r, c) of the result is the chain  x = fma(a[r][k], b[k][c], x)  for k = 0, 1, 2, ... in float32,
+// whatever R is and wherever the row lies. No other order is ever taken, so a row's result does not depend on the rows
+// beside it. A chain may be stored and taken up again, which is exact.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,8 @@ constexpr int kMaxRows = 14, kWideRows = 14;  // 28 accumulators, 2 operands, 1 
 constexpr int kMaxRows = 6, kWideRows = 3;  // AVX2: 12 accumulators of two halves, operands, 1 broadcast of 16
 #endif
 
-// A is stored in chunks [ceil(elements / kChunk)][R][kChunk] of 32-bit elements: bringing rows there is a plain copy, and R
-// rows are R constant displacements from one pointer.
+// A is stored in chunks [ceil(elements / kChunk)][R][kChunk] of 32-bit elements: bringing rows there is a plain copy,
+// and R rows are R constant displacements from one pointer.
 constexpr int kChunk = 256;
 
 // How B is read, and what an element of A is.
@@ -27,7 +27,7 @@ enum class Format {
   kFloat,   // B float32 [step][16]; A float32
   kHalf,    // B float16 [step][16]; A float32
   kBfloat,  // B bfloat16 [step][16]; A float32
-  kPairs,   // B bfloat16 [step][16][2]; A float32, two a step, or pairs of bfloat16 where the CPU multiplies them (kDotPairs)
+  kPairs,   // B bfloat16 [step][16][2]; A float32, two a step, or pairs of bfloat16 where kDotPairs
 };
 
 #if defined(ENGINERY_AVX512) && defined(__AVX512BF16__)

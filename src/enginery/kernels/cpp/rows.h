@@ -29,7 +29,8 @@ inline void pack_row_chunk(const T* row, int64_t depth, int64_t elements, int64_
   for (int64_t at = end; at < limit; ++at) out[at - begin] = 0.0f;
 }
 
-// One row's chunk as the format of T's packed weights takes it: bfloat16 pairs stay as they are where the CPU multiplies them.
+// One row's chunk as the format of T's packed weights takes it: bfloat16 pairs stay as they are where the CPU
+// multiplies them.
 template <class T>
 inline void pack_operand_chunk(const T* row, int64_t depth, int64_t elements, int64_t chunk, float* out) {
   if constexpr (std::is_same_v<T, bf16> && kDotPairs) {
@@ -49,7 +50,8 @@ inline void pack_columns(const T* const* rows, int64_t count, float* out) {
     for (int lane = 0; lane < kLanes; ++lane) pairs[lane] = reinterpret_cast<const float*>(rows[lane]);
     transpose_panel(pairs, count / 2, out);
     if (count % 2 == 0) return;
-    for (int lane = 0; lane < kLanes; ++lane) out[count / 2 * kLanes + lane] = bits_to_float(rows[lane][count - 1].bits);
+    float* last = out + count / 2 * kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) last[lane] = bits_to_float(rows[lane][count - 1].bits);
   } else {
     transpose_panel(rows, count, out);
   }

@@ -1,6 +1,6 @@
-// Dividing tasks over threads: each owns a contiguous range, which it walks forward, and who is done takes tasks from the back of
-// others. On a quiet machine that is a static division; where a core is busy with something else, nobody waits for it with
-// work undone. Which thread runs a task has no effect on the result.
+// Dividing tasks over threads: each owns a contiguous range, which it walks forward, and who is done takes tasks from
+// the back of others. On a quiet machine that is a static division; where a core is busy with something else, nobody
+// waits for it with work undone. Which thread runs a task has no effect on the result.
 #pragma once
 
 #include <atomic>

@@ -1,7 +1,8 @@
-// Sixteen float32 lanes on any CPU: one AVX-512 register, two of AVX2, four of 128 bits elsewhere (GCC/Clang vector extensions).
+// Sixteen float32 lanes on any CPU: one AVX-512 register, two of AVX2, four of 128 bits elsewhere (GCC/Clang vector
+// extensions).
 //
-// Every kernel computes through these functions, so that one output element sees one sequence of roundings, however many rows
-// or threads take part: that is the law of batch invariance (see micro.h).
+// Every kernel computes through these functions, so that one output element sees one sequence of roundings, however
+// many rows or threads take part: that is the law of batch invariance (see micro.h).
 #pragma once
 
 #include <cstdint>
@@ -183,8 +184,8 @@ inline Native native_max(Native a, Native b) {
 #endif
 }
 
-// exp(x) for x ≤ 0 to 1 ulp or so: 2^n · p(r), |r| ≤ ln2 / 2, p of degree 6 (minimax; Cephes' expf). exp(0) is exactly 1 and
-// everything below −87 (−∞ included) is exactly 0, which makes a masked key a no-op of the online softmax.
+// exp(x) for x ≤ 0 to 1 ulp or so: 2^n · p(r), |r| ≤ ln2 / 2, p of degree 6 (minimax; Cephes' expf). exp(0) is exactly
+// 1 and everything below −87 (−∞ included) is exactly 0, which makes a masked key a no-op of the online softmax.
 inline Native native_exp(Native x) {
   const Native shift = native_set(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
   const NativeInt dead = (NativeInt)(x < native_set(-87.0f));
