@@ -19,6 +19,7 @@ from enginery.rewriting.rules.drop_views import DropViews
 from enginery.rewriting.rules.expand_baddbmm import ExpandBaddbmm
 from enginery.rewriting.rules.linear_from_matmul import BiasIntoLinear, LinearFromMatmul
 from enginery.rewriting.rules.merge_reshapes import MergeReshapes
+from enginery.rewriting.rules.sink_transposes import SinkTransposes, TransposeOfUnsqueeze
 from enginery.rewriting.rules.view_to_reshape import ViewToReshape
 from enginery.rewriting.testing import assert_rewrites
 
@@ -249,3 +250,73 @@ def test_equal_calls_of_different_decoder_layers_stay_two() -> None:
     assert RewritePatternManager(CommonSubexpressions()).rewrite(before).rewritten == 0
     assert block_of("model.layers.11.mlp.act") == "model.layers.11"
     assert block_of("model.norm") == ""
+
+
+Q = "input %q: float32[1, n, 4, 6]\ninput %c: float32[n, 6]\n%t: float32[1, 4, n, 6] = aten.transpose.int(%q, 1, 2)\n"
+SINKING = {
+    "an operand that broadcasts": (
+        "%u: float32[1, n, 6] = aten.unsqueeze(%c, 0)\n%v: float32[1, 1, n, 6] = aten.unsqueeze(%u, 1)\n"
+        "%r: float32[1, 4, n, 6] = aten.mul.Tensor(%t, %v)\noutput r = %r",
+        "%u: float32[1, n, 6] = aten.unsqueeze(%c, 0)\n%v: float32[1, n, 1, 6] = aten.unsqueeze(%u, 2)\n"
+        "%m: float32[1, n, 4, 6] = aten.mul.Tensor(%q, %v)\n"
+        "%r: float32[1, 4, n, 6] = aten.transpose.int(%m, 1, 2)\noutput r = %r",
+    ),
+    "slices and a concatenation": (
+        "%a: float32[1, 4, n, 3] = aten.slice.Tensor(%t, dim=3, end=3)\n"
+        "%b: float32[1, 4, n, 3] = aten.slice.Tensor(%t, dim=3, start=3)\n"
+        "%d: float32[1, 4, n, 3] = aten.neg(%b)\n%r: float32[1, 4, n, 6] = aten.cat([%d, %a], dim=-1)\noutput r = %r",
+        "%a: float32[1, n, 4, 3] = aten.slice.Tensor(%q, dim=3, end=3)\n"
+        "%b: float32[1, n, 4, 3] = aten.slice.Tensor(%q, dim=3, start=3)\n"
+        "%d: float32[1, n, 4, 3] = aten.neg(%b)\n%m: float32[1, n, 4, 6] = aten.cat([%d, %a], dim=3)\n"
+        "%r: float32[1, 4, n, 6] = aten.transpose.int(%m, 1, 2)\noutput r = %r",
+    ),
+    "a slice of an exchanged axis": (
+        "%r: float32[1, 2, n, 6] = aten.slice.Tensor(%t, dim=1, start=2)\noutput r = %r",
+        "%m: float32[1, n, 2, 6] = aten.slice.Tensor(%q, dim=2, start=2)\n"
+        "%r: float32[1, 2, n, 6] = aten.transpose.int(%m, 1, 2)\noutput r = %r",
+    ),
+    "halves": (
+        "%s: (float32[1, 4, n, 3], float32[1, 4, n, 3]) = aten.chunk(%t, 2, dim=-1)\n"
+        "%r: float32[1, 4, n, 3] = aten.mul.Tensor(%s#0, %s#1)\noutput r = %r",
+        "%s: (float32[1, n, 4, 3], float32[1, n, 4, 3]) = aten.chunk(%q, 2, dim=3)\n"
+        "%m: float32[1, n, 4, 3] = aten.mul.Tensor(%s#0, %s#1)\n"
+        "%r: float32[1, 4, n, 3] = aten.transpose.int(%m, 1, 2)\noutput r = %r",
+    ),
+    "interleaved pairs": (
+        "%a: float32[1, 4, n, 3] = aten.slice.Tensor(%t, dim=3, step=2)\n"
+        "%b: float32[1, 4, n, 3] = aten.slice.Tensor(%t, dim=3, start=1, step=2)\n"
+        "%d: float32[1, 4, n, 3, 2] = aten.stack([%b, %a], dim=-1)\n"
+        "%r: float32[1, 4, n, 6] = aten.reshape(%d, [1, 4, n, 6])\noutput r = %r",
+        "%a: float32[1, n, 4, 3] = aten.slice.Tensor(%q, dim=3, step=2)\n"
+        "%b: float32[1, n, 4, 3] = aten.slice.Tensor(%q, dim=3, start=1, step=2)\n"
+        "%d: float32[1, n, 4, 3, 2] = aten.stack([%b, %a], dim=4)\n"
+        "%m: float32[1, n, 4, 6] = aten.reshape(%d, [1, n, 4, 6])\n"
+        "%r: float32[1, 4, n, 6] = aten.transpose.int(%m, 1, 2)\noutput r = %r",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SINKING)
+def test_transposes_sink(name: str) -> None:
+    before, after = SINKING[name]
+    inputs = Q.partition("%t")[0]
+    assert_rewrites(network(f"{Q}{before}"), text(f"{inputs}{after}"), [SinkTransposes(), TransposeOfUnsqueeze()])
+
+
+STANDING = {
+    "two that exchange other axes": "input %p: float32[1, 6, n, 4]\n"
+    "%s: float32[1, 4, n, 6] = aten.transpose.int(%p, 1, 3)\n"
+    "%r: float32[1, 4, n, 6] = aten.mul.Tensor(%t, %s)\noutput r = %r",
+    "a product": "input %w: float32[5, 6]\n%r: float32[1, 4, n, 5] = aten.linear(%t, %w)\noutput r = %r",
+    "a reshape of exchanged axes": "%r: float32[4*n, 6] = aten.reshape(%t, [4*n, 6])\noutput r = %r",
+    "an operand that lies across": "input %b: float32[n, 6]\n"
+    "%r: float32[1, 4, n, 6] = aten.add.Tensor(%t, %b)\noutput r = %r",
+    "a stack before the axes": "%r: float32[2, 1, 4, n, 6] = aten.stack([%t, %t], dim=0)\noutput r = %r",
+}
+
+
+@pytest.mark.parametrize("name", STANDING)
+def test_transposes_that_stand(name: str) -> None:
+    lines = f"{Q}{STANDING[name]}".splitlines()
+    body = "\n".join([line for line in lines if line.startswith("input")] + [line for line in lines if line[0] in "%o"])
+    assert RewritePatternManager(SinkTransposes()).rewrite(network(body)).rewritten == 0
