@@ -63,6 +63,7 @@ def build_library(sources: Sequence[Path], output: Path) -> list[Path]:
     _run(commands)
     _run([_link_command(link_flags, objects, output)])
     described = {
+        ".wrapper.cpp": output.with_suffix(".cpp"),  # never compiled again: torch 2.11 finds the metadata by its name
         ".wrapper.json": output.with_suffix(".json"),  # the operators that the host code dispatches, if there are any
         ".wrapper_metadata.json": output.with_name(f"{output.stem}_metadata.json"),
     }
