@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "rows.h"
 #include "scratch.h"
+#include "share.h"
 
 namespace enginery {
 namespace {
@@ -367,11 +368,16 @@ void run(const AttentionCall& call) {
   const int64_t groups = call.query_heads / call.kv_heads, tile_tokens = std::max<int64_t>(1, kTileRows / groups);
   const std::vector<Task> tasks = plan(call, tile_tokens);
   int64_t rows = 0;
-  for (const Task& task : tasks) rows = std::max(rows, task.count * groups);
+  double operations = 0.0;
+  for (const Task& task : tasks) {
+    rows = std::max(rows, task.count * groups);
+    operations += 2.0 * task.cost * groups * (call.key_size + call.value_size);
+  }
+  const int threads = useful_threads(call.threads, operations / kOperationsPerNanosecond);
   const size_t bytes = round_up(Workspace::floats(call, rows) * sizeof(float), kLine);
-  char* scratch = thread_scratch().reserve(call.threads * bytes);
+  char* scratch = thread_scratch().reserve(threads * bytes);
   clear_padding<T>(call);
-#pragma omp parallel num_threads(call.threads)
+#pragma omp parallel num_threads(threads)
   {
     const Workspace work(call, rows, reinterpret_cast<float*>(scratch + omp_get_thread_num() * bytes));
     if (call.slots != nullptr) write_cache<T>(call);

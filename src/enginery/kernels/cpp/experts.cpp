@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "rows.h"
 #include "scratch.h"
+#include "share.h"
 
 namespace enginery {
 namespace {
@@ -16,6 +17,7 @@ class ExpertLinear {
  public:
   explicit ExpertLinear(const ExpertCall& call)
       : call_(call),
+        threads_(useful_threads(call.threads, estimate(call))),
         chunks_((call.depth + kChunk - 1) / kChunk),
         groups_((call.features + kPanel - 1) / kPanel),
         starts_(call.expert_count + 1),
@@ -32,9 +34,9 @@ class ExpertLinear {
       most = std::max(most, starts_[expert + 1] - starts_[expert]);
     const size_t packed_bytes = round_up(most * chunks_ * kChunk * sizeof(float), kLine);
     const size_t panel_bytes = kPanel * call_.depth * sizeof(float);
-    char* scratch = thread_scratch().reserve(packed_bytes + call_.threads * panel_bytes);
+    char* scratch = thread_scratch().reserve(packed_bytes + threads_ * panel_bytes);
     float* packed = reinterpret_cast<float*>(scratch);
-#pragma omp parallel num_threads(call_.threads)
+#pragma omp parallel num_threads(threads_)
     {
       float* panels = reinterpret_cast<float*>(scratch + packed_bytes + omp_get_thread_num() * panel_bytes);
       for (int64_t expert = 0; expert < call_.expert_count; ++expert) {
@@ -49,6 +51,12 @@ class ExpertLinear {
   }
 
  private:
+  static double estimate(const ExpertCall& call) {
+    const double elements = double(call.features) * call.depth;
+    const double weights = elements * sizeof(T) * std::min(call.rows, call.expert_count) / kBytesPerNanosecond;
+    return std::max(weights, 2.0 * call.rows * elements / kOperationsPerNanosecond);
+  }
+
   void pack_rows(const Tiles& tiles, const int64_t* rows, float* packed) const {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t tile = 0; tile < tiles.count; ++tile)
@@ -102,6 +110,7 @@ class ExpertLinear {
   }
 
   const ExpertCall& call_;
+  int threads_;
   int64_t chunks_, groups_;
   std::vector<int64_t> starts_, order_;
 };

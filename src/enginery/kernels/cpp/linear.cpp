@@ -47,6 +47,7 @@ class PackedLinear {
  public:
   explicit PackedLinear(const LinearCall& call)
       : call_(call),
+        threads_(useful_threads(call.threads, estimate(call))),
         steps_((call.depth + kPair - 1) / kPair),
         elements_(steps_ * elements_per_step(Layout<T>::kFormat)),
         chunks_((elements_ + kChunk - 1) / kChunk),
@@ -54,7 +55,7 @@ class PackedLinear {
         tiles_(call.rows) {
     const int64_t tile_bytes = kMaxRows * chunks_ * kChunk * int64_t(sizeof(float));
     const int64_t fitting = std::max(kLeastTiles, kBlockBytes / std::max<int64_t>(tile_bytes, 1));
-    const int64_t shared = tiles_.count * groups_ / (2 * call.threads);  // few panels: smaller blocks, more tasks
+    const int64_t shared = tiles_.count * groups_ / (2 * threads_);  // few panels: smaller blocks, more tasks
     tiles_per_block_ = std::clamp<int64_t>(std::min(fitting, shared), 1, tiles_.count);
     blocks_ = (tiles_.count + tiles_per_block_ - 1) / tiles_per_block_;
     widened_ = !Layout<T>::kCopied && tiles_per_block_ >= kWidenFrom;
@@ -66,9 +67,9 @@ class PackedLinear {
     const int64_t block_rows = tiles_per_block_ * kMaxRows;
     const size_t packed = block_rows * chunks_ * kChunk, sums = block_rows * kPanel;
     const size_t wide = widened_ ? steps_ * kPair * kPanel : 0, own = packed + sums + wide;
-    float* scratch = reinterpret_cast<float*>(thread_scratch().reserve(call_.threads * own * sizeof(float)));
-    SharedTasks tasks(blocks_ * groups_, call_.threads);
-#pragma omp parallel num_threads(call_.threads)
+    float* scratch = reinterpret_cast<float*>(thread_scratch().reserve(threads_ * own * sizeof(float)));
+    SharedTasks tasks(blocks_ * groups_, threads_);
+#pragma omp parallel num_threads(threads_)
     {
       float* memory = scratch + omp_get_thread_num() * own;
       int64_t packed_block = -1;
@@ -89,6 +90,11 @@ class PackedLinear {
 
  private:
   static constexpr int kPair = Layout<T>::kPair;
+
+  static double estimate(const LinearCall& call) {
+    const double elements = double(call.features) * call.depth;
+    return std::max(elements * sizeof(T) / kBytesPerNanosecond, 2.0 * call.rows * elements / kOperationsPerNanosecond);
+  }
 
   // One row whose elements are the format's is its own packed form.
   bool is_packed() const { return call_.rows == 1 && Layout<T>::kCopied && call_.depth % kPair == 0; }
@@ -160,6 +166,7 @@ class PackedLinear {
   }
 
   const LinearCall& call_;
+  int threads_;
   int64_t steps_, elements_, chunks_, groups_;
   Tiles tiles_;
   int64_t tiles_per_block_, blocks_;
@@ -199,7 +206,8 @@ void pack(const PackCall& call) {
 template <class T>
 void embed(const EmbeddingCall& call) {
   constexpr int kPair = Layout<T>::kPair;
-#pragma omp parallel for schedule(static) num_threads(call.threads)
+  const int threads = useful_threads(call.threads, double(call.count) * call.features);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < call.count; ++i) {
     const int64_t index = call.indices[i];
     const T* lane = static_cast<const T*>(call.panels) + index / kPanel * call.panel_elements + index % kPanel * kPair;

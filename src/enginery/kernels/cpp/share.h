@@ -9,6 +9,15 @@
 
 namespace enginery {
 
+// Threads that are worth waking for so much work: each costs about two microseconds, and on a busy machine far more.
+inline int useful_threads(int threads, double nanoseconds) {
+  constexpr double kWorthwhile = 4000.0;
+  return nanoseconds < kWorthwhile * threads ? 1 + int(nanoseconds / kWorthwhile) : threads;
+}
+
+// Estimates for one core of the kind that these kernels are for; only orders of magnitude matter.
+constexpr double kBytesPerNanosecond = 20.0, kOperationsPerNanosecond = 100.0;
+
 class SharedTasks {
  public:
   SharedTasks(int64_t tasks, int threads) : threads_(threads), ranges_(new Range[threads]) {
