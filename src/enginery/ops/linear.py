@@ -18,8 +18,8 @@ def pair_of(dtype: torch.dtype) -> int:
 def pack_reference(weight: torch.Tensor) -> torch.Tensor:
     """weight `[N, K]` -> `[⌈N/32⌉, K, 32, 1]`; bfloat16: `[⌈N/32⌉, ⌈K/2⌉, 32, 2]`, padded with zeros.
 
-    A panel holds 32 rows of the weight, one depth after another. A bfloat16 panel holds pairs of depths side by side, so
-    that a 32-bit lane holds two neighbouring depths of one output: the operand of AVX512-BF16's dot product, and two
+    A panel holds 32 rows of the weight, one depth after another. A bfloat16 panel holds pairs of depths side by side,
+    so that a 32-bit lane holds two neighbouring depths of one output: the operand of AVX512-BF16's dot product, and two
     shifts away from float32 elsewhere. (float16 has an instruction that widens lanes in order, so it needs no pairs.)
     """
     pair = pair_of(weight.dtype)
