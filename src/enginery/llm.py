@@ -295,7 +295,8 @@ class LLM:
                 ids.append(self.session.add(tokens, _final_only(wanted), prompt=text))
             final: dict[str, RequestOutput] = {}
             while len(final) < len(ids):
-                final.update((output.request_id, output) for output in self.session.step() if output.finished)
+                done = [output for output in self.session.step() if output.finished]
+                final.update((output.request_id, output) for output in done if output.request_id in ids)
         except BaseException:
             for request_id in ids:
                 self.session.cancel(request_id)
