@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -37,7 +36,6 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         generation = directory / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
-        self._maps: dict[Path, mmap.mmap] = {}
 
     @classmethod
     def open(cls, source: str | os.PathLike[str]) -> Checkpoint:
@@ -53,14 +51,14 @@ class Checkpoint:
         return cls(directory, config, _read_tensors(directory))
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of that name as a view of its mapped file. Raises CheckpointError if there is none."""
+        """The tensor of that name as a view of its mapped file; the mapping goes with it, and so do the pages it took.
+
+        Raises CheckpointError if there is none.
+        """
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.directory}: no tensor is named {name!r}")
-        mapping = self._maps.get(info.file)
-        if mapping is None:
-            mapping = self._maps.setdefault(info.file, map_file(info.file))
-        return view(mapping, info)
+        return view(map_file(info.file), info)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from enginery import env
 from enginery.engine.artifact import Artifact, open_artifact
+from enginery.engine.binding import nbytes
 from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.compile import Compilation, load
 from enginery.engine.config import BuildConfig
@@ -25,7 +26,7 @@ from enginery.engine.steps import CompiledStep, EagerStep, Step
 from enginery.engine.weights_file import ALIGNMENT
 from enginery.errors import ResourceError, StepError, UsageError
 from enginery.kernels.table import TABLE, huge_empty
-from enginery.network import Network
+from enginery.network import Network, Tensor
 
 Progress = Callable[[str, int, int], None]
 """stage, done, total (0: unknown)"""
@@ -66,7 +67,7 @@ class Engine:
             packages = compile_regions(self.regions, self.device.type, progress)
             runs = {key: load(path, self.device.type) for key, path in packages.items()}
         self._pools = self._allocate(parts.network)
-        fixed = place_weights(parts.weights, self.device) | self._pools
+        fixed = place_weights(parts.weights, parts.network.constants, self.device) | self._pools
         step_inputs = [tensor for tensor in parts.network.inputs if tensor.name not in self._pools]
         self._step: Step | None = (
             CompiledStep(self.regions, runs, fixed, step_inputs)
@@ -177,21 +178,25 @@ class Engine:
             ) from None
 
 
-def place_weights(weights: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def place_weights(
+    weights: Mapping[str, torch.Tensor], constants: Sequence[Tensor], device: torch.device
+) -> dict[str, torch.Tensor]:
     """Weights where a step reads them fastest: on the GPU, or on a CPU in huge pages (see `kernels/pages.py`).
 
-    On a CPU this is the one copy of mapped weights; the mapped pages go back to the system afterwards.
+    On a CPU this is the one copy of mapped weights; one weight after another, and the mapped pages go back.
     """
     if device.type != "cpu":
         return {name: value.to(device) for name, value in weights.items()}
-    begins, end = {}, 0
-    for name, value in weights.items():
-        begins[name], end = end, end + -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+    begins, end = [], 0
+    for constant in constants:
+        begins.append(end)
+        end += -(-nbytes(constant) // ALIGNMENT) * ALIGNMENT
     arena = huge_empty((end,), torch.uint8)
     placed = {}
-    for name, value in weights.items():
-        room = arena[begins[name] : begins[name] + value.nbytes]
-        placed[name] = room.view(value.dtype).view(value.shape).copy_(value)
+    for begin, constant in zip(begins, constants, strict=True):
+        value = weights[constant.name]
+        room = arena[begin : begin + value.nbytes]
+        placed[constant.name] = room.view(value.dtype).view(value.shape).copy_(value)
     return placed
 
 
