@@ -5,9 +5,8 @@
 The linears are those of a 24-layer Llama (hidden 1024, intermediate 2816, 16 heads, 4 KV heads of 64, vocabulary
 32000). Every call takes the weights of another layer, so that they come from memory, not from the last-level cache. In
 each round the pure read (of other memory of the same size), our kernel and the peers follow one another on one layer
-before the next; a time is the least over layers and rounds, which a busy machine disturbs least. Peers have their
-weights in ordinary memory, as their users do, and once more in huge pages ("F.linear, huge pages"), which shows what is
-gained by the pages and what by the kernel.
+before the next; a time is the least over layers and rounds, which a busy machine disturbs least. On a virtual machine it
+matters where memory lies (the same read gave 40 to 74 GB/s), so many layers are better than few.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from enginery import env, ops
-from enginery.kernels.table import TABLE, huge_empty
+from enginery.kernels.table import TABLE
 from record import record
 
 SHAPES = {"qkv": (1536, 1024), "o": (1024, 1024), "gate_up": (5632, 1024), "down": (1024, 2816)}
@@ -60,18 +59,13 @@ def least_times(rounds: int, variants: list[Calls]) -> dict[str, float]:
     return least
 
 
-def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    return huge_empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-
-
 def linear_calls(weight: torch.Tensor, input: torch.Tensor, read: Callable | None) -> Calls:
-    packed, huge, other = ops.pack_linear(weight), in_huge_pages(weight), in_huge_pages(weight)
+    packed, other = ops.pack_linear(weight), weight.clone()
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight, input.shape[0])
     calls: dict[str, Callable[[], object]] = {} if read is None else {"read": lambda: read(other)}
     return calls | {
         "enginery": lambda: ops.packed_linear(input, packed, weight.shape[0]),
         "F.linear": lambda: functional.linear(input, weight),
-        "F.linear, huge pages": lambda: functional.linear(input, huge),
         "oneDNN, packed": lambda: torch.ops.mkldnn._linear_pointwise(input, reordered, None, "none", [], ""),
     }
 
@@ -114,7 +108,7 @@ def heads(count: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 def decode_calls(sequences: int, length: int, dtype: torch.dtype) -> Calls:
     blocks = -(-length // BLOCK)
-    caches = [huge_empty((sequences * blocks, KV_HEADS, BLOCK, SIZE), dtype).normal_() for _ in range(2)]
+    caches = [torch.randn(sequences * blocks, KV_HEADS, BLOCK, SIZE).to(dtype) for _ in range(2)]
     tables = torch.randperm(sequences * blocks).int().view(sequences, blocks)
     last = length - 1
     slots = tables[:, last // BLOCK].long() * BLOCK + last % BLOCK

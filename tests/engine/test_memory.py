@@ -5,6 +5,7 @@ time.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
 from enginery.engine.memory import activation_bytes, plan_memory
 from enginery.engine.regions import outline
-from enginery.engine.weights_file import StoredWeights, WeightWriter, plan_layout
+from enginery.engine.weights_file import WeightWriter, plan_layout
 from enginery.errors import ResourceError, UsageError
 from enginery.network import Dim, Network
 from enginery.rewriting.pipeline import run_phases
@@ -141,13 +142,10 @@ class Alive:
         self.count -= 1
 
 
-def test_an_opened_engine_copies_one_weight_at_a_time(eager_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_mapped_and_freed(eager_engine: Path) -> None:
     file = str(eager_engine / "weights-00001-of-00001.safetensors")
-    alive, look_up = Alive(), StoredWeights.__getitem__
-    monkeypatch.setattr(StoredWeights, "__getitem__", lambda self, name: alive.watch(look_up(self, name)))
     engine = Engine.load(eager_engine, EAGER)
-    assert alive.total > 10
-    assert alive.peak <= 2
-    assert alive.count == 0
-    assert file not in Path("/proc/self/maps").read_text()
+    assert file in Path("/proc/self/maps").read_text()
     engine.close()
+    gc.collect()
+    assert file not in Path("/proc/self/maps").read_text()

@@ -12,7 +12,7 @@ from tests.kernels.cpu import require_kernels
 from enginery.errors import BuildError
 from enginery.kernels import compile as compiling
 from enginery.kernels.cpu_features import instruction_set
-from enginery.kernels.table import CPP, TABLE, KernelTable, huge_empty
+from enginery.kernels.table import CPP, TABLE, KernelTable
 from enginery.ops import OPS
 
 FAKE_COMPILER = """#!/bin/sh
@@ -137,15 +137,3 @@ def test_the_instruction_set_follows_the_flags(monkeypatch: pytest.MonkeyPatch) 
         assert instruction_set(frozenset(flags)) == name
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert instruction_set(frozenset({"asimd"})) == "aarch64"
-
-
-def test_huge_pages_are_aligned_zeroed_and_outlive_their_handle() -> None:
-    import torch
-
-    for shape in ((3, 5), (3, 1 << 20)):
-        memory = huge_empty(shape, torch.bfloat16)
-        assert memory.shape == shape
-        assert not memory.any()
-        last = memory[2].fill_(2.0)
-        del memory
-        assert (last == 2.0).all()

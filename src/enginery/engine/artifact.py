@@ -25,7 +25,7 @@ from enginery.engine.manifest import NAME, REBUILD, FileEntry, Manifest, read_ma
 from enginery.engine.memory import caches
 from enginery.engine.protocol import StepInputs
 from enginery.engine.storage import errors_told, replacing, write_file
-from enginery.engine.weights_file import Layout, StoredWeights, WeightWriter
+from enginery.engine.weights_file import Layout, WeightWriter, map_weights
 from enginery.errors import EngineFileError, NetworkError, UsageError
 from enginery.network import Network
 
@@ -117,10 +117,10 @@ class Artifact:
     manifest: Manifest
     network: Network
 
-    def weights(self) -> StoredWeights:
-        """By the names of the network's constants, mapped when they are looked up."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """By the names of the network's constants, mapped, paged in when they are read."""
         names = [name for name in self.manifest.files if name.startswith("weights-")]
-        return StoredWeights([self.directory / name for name in sorted(names)], self.network.constants)
+        return map_weights([self.directory / name for name in sorted(names)], self.network.constants)
 
     def kernels(self, fingerprint: str) -> dict[str, Path]:
         """Compiled regions that came with the engine, by key; their digests agree with engine.json."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 
 from enginery import env
 from enginery.engine.artifact import Artifact, open_artifact
-from enginery.engine.binding import nbytes
 from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.compile import Compilation, load
 from enginery.engine.config import BuildConfig
@@ -23,10 +23,9 @@ from enginery.engine.memory import MemoryPlan, caches, plan_memory, pool_shape
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.engine.regions import Outline, outline
 from enginery.engine.steps import CompiledStep, EagerStep, Step
-from enginery.engine.weights_file import ALIGNMENT
 from enginery.errors import ResourceError, StepError, UsageError
-from enginery.kernels.table import TABLE, huge_empty
-from enginery.network import Network, Tensor
+from enginery.kernels.table import TABLE
+from enginery.network import Network
 
 Progress = Callable[[str, int, int], None]
 """stage, done, total (0: unknown)"""
@@ -67,7 +66,7 @@ class Engine:
             packages = compile_regions(self.regions, self.device.type, progress)
             runs = {key: load(path, self.device.type) for key, path in packages.items()}
         self._pools = self._allocate(parts.network)
-        fixed = place_weights(parts.weights, parts.network.constants, self.device) | self._pools
+        fixed = {name: value.to(self.device) for name, value in parts.weights.items()} | self._pools
         step_inputs = [tensor for tensor in parts.network.inputs if tensor.name not in self._pools]
         self._step: Step | None = (
             CompiledStep(self.regions, runs, fixed, step_inputs)
@@ -178,31 +177,11 @@ class Engine:
             ) from None
 
 
-def place_weights(
-    weights: Mapping[str, torch.Tensor], constants: Sequence[Tensor], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Weights where a step reads them fastest: on the GPU, or on a CPU in huge pages (see `kernels/pages.py`).
-
-    On a CPU this is the one copy of mapped weights; one weight after another, and the mapped pages go back.
-    """
-    if device.type != "cpu":
-        return {name: value.to(device) for name, value in weights.items()}
-    begins, end = [], 0
-    for constant in constants:
-        begins.append(end)
-        end += -(-nbytes(constant) // ALIGNMENT) * ALIGNMENT
-    arena = huge_empty((end,), torch.uint8)
-    placed = {}
-    for begin, constant in zip(begins, constants, strict=True):
-        value = weights[constant.name]
-        room = arena[begin : begin + value.nbytes]
-        placed[constant.name] = room.view(value.dtype).view(value.shape).copy_(value)
-    return placed
-
-
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """On a CPU a page is taken when it is first written; torch.zeros would write them all."""
-    return huge_empty(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def compile_regions(regions: Outline, device: str, progress: Progress | None = None) -> dict[str, Path]:

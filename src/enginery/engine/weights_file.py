@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,8 +24,6 @@ from enginery.network import Tensor
 
 SHARD_BYTES = 4 << 30
 ALIGNMENT = 64
-
-_REBUILD = "Build the engine again"
 
 _NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -141,46 +137,29 @@ class WeightWriter:
             self._close()
 
 
-class StoredWeights(Mapping[str, torch.Tensor]):
-    """The weights of a network in their files. Each look-up maps its file anew, so the pages of a weight that has been
-    copied go with the view; a look-up raises EngineFileError where the weight is not what the network needs.
+def map_weights(paths: Sequence[Path], expected: Sequence[Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a network as views of the mapped files. Raises EngineFileError where they are not what it
+    needs.
     """
-
-    def __init__(self, paths: Sequence[Path], expected: Sequence[Tensor]) -> None:
-        self._expected = {tensor.name: tensor for tensor in expected}
-        self._files = {name: path for path in paths for name in _names(path)}
-        missing = next((name for name in self._expected if name not in self._files), None)
-        if missing is not None:
-            raise EngineFileError(f"{paths[0].parent}: weight {missing} is missing", _REBUILD)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        path, tensor = self._files[name], self._expected[name]
-        with _opened(path) as file:
-            value = file.get_tensor(name)
+    found: dict[str, torch.Tensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a mapping)
+                    found[name] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise EngineFileError(f"{path}: not a weight file ({error})", "Build the engine again") from None
+    for tensor in expected:
+        value = found.get(tensor.name)
+        if value is None:
+            raise EngineFileError(f"{paths[0].parent}: weight {tensor.name} is missing", "Build the engine again")
         if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
-            found = f"{value.dtype} {list(value.shape)}"
-            raise EngineFileError(f"{path.parent}: weight {name} is {found}, the network needs {tensor!r}", _REBUILD)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._expected)
-
-    def __len__(self) -> int:
-        return len(self._expected)
+            found_type = f"{value.dtype} {list(value.shape)}"
+            raise EngineFileError(
+                f"{paths[0].parent}: weight {tensor.name} is {found_type} where the network needs {tensor!r}",
+                "Build the engine again",
+            )
+    return found
 
 
-def _names(path: Path) -> list[str]:
-    with _opened(path) as file:
-        return list(file.keys())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise EngineFileError(f"{path}: not a weight file ({error})", _REBUILD) from None
-
-
-__all__ = ["Layout", "StoredWeights", "WeightWriter", "plan_layout"]
+__all__ = ["Layout", "WeightWriter", "map_weights", "plan_layout"]

@@ -17,7 +17,6 @@ import torch
 from enginery.errors import BuildError
 from enginery.kernels import compile as compiling
 from enginery.kernels.cpu_features import cpu_flags, instruction_set
-from enginery.kernels.pages import huge_empty
 from enginery.ops import NAMESPACE, OPS
 
 Report = Callable[[str], None]
@@ -133,4 +132,4 @@ TRITON = Candidate(
 
 TABLE = KernelTable((CPP, TRITON))
 
-__all__ = ["CPP", "TABLE", "TRITON", "Candidate", "KernelTable", "Report", "Row", "huge_empty"]
+__all__ = ["CPP", "TABLE", "TRITON", "Candidate", "KernelTable", "Report", "Row"]

@@ -6,12 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -75,26 +71,6 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
   return Tensor(handle);
 }
 
-// Memory for what decoding streams through: where it lies in huge pages, a virtual machine's nested page walks vanish
-// and two threads read it up to three times as fast (26 -> 74 GB/s on a 2-core EPYC guest).
-Tensor empty_in_huge_pages(const std::vector<int64_t>& sizes, const Tensor& like) {
-#if defined(__linux__) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_11_0
-  constexpr size_t kHugePage = size_t(2) << 20;
-  size_t bytes = like.element_size();
-  for (const int64_t size : sizes) bytes *= size;
-  if (bytes >= kHugePage) {
-    void* data = nullptr;
-    if (posix_memalign(&data, kHugePage, bytes) != 0) throw std::bad_alloc();
-    madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // advice: where it is refused, pages are small
-    std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t at = sizes.size(); at-- > 1;) strides[at - 1] = strides[at] * sizes[at];
-    const auto release = [](void* held) { std::free(held); };
-    return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), release);
-  }
-#endif
-  return empty(sizes, like);
-}
-
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
@@ -116,7 +92,7 @@ Tensor bound_pack_linear(Tensor weight) {
   weight = dense(weight);
   const int64_t features = weight.size(0), depth = weight.size(1), pair = pair_of(dtype);
   const int64_t count = (features + kPanel - 1) / kPanel, steps = (depth + pair - 1) / pair;
-  Tensor panels = empty_in_huge_pages({count, steps, kPanel, pair}, weight);
+  Tensor panels = empty({count, steps, kPanel, pair}, weight);
   pack_linear({dtype, weight.data_ptr(), features, depth, panels.data_ptr(), thread_count()});
   return panels;
 }
