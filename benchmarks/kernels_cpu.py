@@ -5,8 +5,8 @@
 The linears are those of a 24-layer Llama (hidden 1024, intermediate 2816, 16 heads, 4 KV heads of 64, vocabulary
 32000). Every call takes the weights of another layer, so that they come from memory, not from the last-level cache. In
 each round the pure read (of other memory of the same size), our kernel and the peers follow one another on one layer
-before the next; a time is the least over layers and rounds, which a busy machine disturbs least. On a virtual machine it
-matters where memory lies (the same read gave 40 to 74 GB/s), so many layers are better than few.
+before the next; a time is the least over layers and rounds, which a busy machine disturbs least. On a virtual machine
+it matters where memory lies (the same read gave 40 to 74 GB/s), so many layers are better than few.
 """
 
 from __future__ import annotations
