@@ -26,7 +26,6 @@ from enginery.errors import UsageError
         ({"max_num_seqs": 1 << 40}, "--max-num-seqs"),
         ({"max_num_batched_tokens": 2.5}, "--max-num-batched-tokens"),
         ({"kv_cache_memory": -1}, "--kv-cache-memory"),
-        ({"quantization": "int3"}, "--quantization"),
         ({"disabled_rules": "MergeParallelLinears"}, "tuple"),
     ],
 )
@@ -44,7 +43,6 @@ def test_the_cache_key_is_json_and_follows_the_content_only() -> None:
     for other in (
         {"dtype": "bfloat16"},
         {"disabled_rules": ("PackLinears",)},
-        {"deterministic": True},
         {"device": "cpu"},
     ):
         assert json.dumps(dataclasses.replace(base, **other).cache_key()) != key

@@ -37,8 +37,6 @@ class BuildConfig:
         backend: "compiled" regions, or "eager": the network's references, no compilation.
         disabled_rules: names of rewrite rules that are left out.
         rules: rewrite rules of the caller's own.
-        quantization: None. No scheme is known yet.
-        deterministic: the same request gives the same bits in any batch.
     """
 
     dtype: str = "auto"
@@ -50,8 +48,6 @@ class BuildConfig:
     backend: str = "compiled"
     disabled_rules: tuple[str, ...] = ()
     rules: tuple[Any, ...] = ()
-    quantization: str | None = None
-    deterministic: bool = False
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
@@ -60,8 +56,6 @@ class BuildConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             _count(name, getattr(self, name), MAX_COUNT, optional=name != "max_num_seqs")
         _count("kv_cache_memory", self.kv_cache_memory, 1 << 50, optional=True)
-        if self.quantization is not None:
-            raise UsageError(f"quantization {self.quantization!r} is unknown", "Leave --quantization out")
         if isinstance(self.disabled_rules, str):
             raise UsageError("disabled_rules is a string", "Give a tuple of rule names")
         object.__setattr__(self, "disabled_rules", tuple(self.disabled_rules))
