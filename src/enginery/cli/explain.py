@@ -64,13 +64,13 @@ def rewrite(model: str | None, **arguments) -> tuple[Network, PipelineReport]:
 def show_phases(report: PipelineReport) -> None:
     rows = []
     for name, phase in report.phases:
-        rows.append((name, "", "", f"{phase.milliseconds:.1f}", f"{phase.layers_before} → {phase.layers_after}"))
+        rows.append((name, "", f"{phase.milliseconds:.1f}", f"{phase.layers_before} → {phase.layers_after}"))
         rows += [
-            ("", rule.label, str(rule.rewritten), f"{rule.milliseconds:.1f}", "")
+            (f"└ {rule.label}", str(rule.rewritten), f"{rule.milliseconds:.1f}", "")
             for rule in phase.rules.values()
             if rule.rewritten or rule.matched
         ]
-    print_table("", ("phase", "rule", "applied", "ms", "layers"), rows)
+    print_table("", ("phase, rule", "applied", "ms", "layers"), rows)
 
 
 def explain_rule(model: str | None, rule: str, report: PipelineReport, arguments: dict) -> None:
