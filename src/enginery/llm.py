@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -80,7 +81,7 @@ def build(
     """
     config = dataclasses.replace(config or BuildConfig(), **settings)
     checkpoint = Checkpoint.open(BUNDLED_MODEL if model is None else model)
-    directory = Path(output) if output is not None else _cached(checkpoint, config)
+    directory = Path(output) if output is not None else cached_engine(checkpoint, config)
     if output is None and is_engine(directory):
         return Engine.load(directory, config, progress=progress)
     return _build(checkpoint, config, directory, progress)
@@ -170,12 +171,19 @@ def rewritten_network(model: str | Path | None = None, **settings: Any) -> tuple
     return imported.network, report
 
 
-def _cached(checkpoint: Checkpoint, config: BuildConfig) -> Path:
+def cached_engine(checkpoint: Checkpoint, config: BuildConfig) -> Path:
     """Where the cache has the engine of this content: weights, configuration, the caller's rules, our version."""
-    sources = [inspect.getsourcefile(type(rule)) for rule in config.rules]
-    rules = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sources if file is not None]
+    rules = [_source_digest(type(rule)) for rule in config.rules]
     key = json.dumps([version("enginery"), checkpoint.digest(), config.cache_key(), rules]).encode()
     return env.cache_dir() / "engines" / f"{checkpoint.directory.name}-{hashlib.sha256(key).hexdigest()[:16]}"
+
+
+def _source_digest(rule: type) -> str:
+    """Of the file that a rule is written in; for a rule without one (an interactive session), never twice the same."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(rule)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return uuid.uuid4().hex
 
 
 class LLM:

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from enginery.checkpoint.checkpoint import Checkpoint
+from enginery.cli.user_rules import load_rule
+from enginery.engine.config import BuildConfig
+from enginery.llm import BUNDLED_MODEL, cached_engine
+
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
@@ -114,3 +119,16 @@ def test_a_rule_of_the_users_own_runs_on_the_real_path(tmp_path: Path) -> None:
     assert "user rules: SiluByHand tried 8, matched 8, applied 8" in done.stdout
     answered = enginery("run", "--backend", "eager", "--rule", f"{file}:SiluByHand", "What is 17 + 25?")
     assert answered.stdout == "42\n"
+
+
+def test_a_changed_rule_is_another_engine(tmp_path: Path) -> None:
+    file = tmp_path / "rules_of_mine.py"
+    checkpoint = Checkpoint.open(BUNDLED_MODEL)
+    places = []
+    for text in ("x", "x", "y"):
+        file.write_text(
+            f"from enginery.rewriting import PatternRewriter\n\n\nclass Mine(PatternRewriter):\n    {text} = 1\n"
+        )
+        config = BuildConfig(rules=(load_rule(f"{file}:Mine"),))
+        places.append(cached_engine(checkpoint, config))
+    assert places[0] == places[1] != places[2]

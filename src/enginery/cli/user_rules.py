@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def load_rule(text: str) -> Any:
         raise UsageError(f"--rule {text!r} names no class of a Python file", "Give FILE.py:ClassName")
     spec = importlib.util.spec_from_file_location(f"enginery_user_rules_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules[module.__name__] = module
     try:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
     except Exception as error:
