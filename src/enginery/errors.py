@@ -92,3 +92,7 @@ class RewriteLimitError(RewriteError):
 
 class StepError(EngineError):
     pass
+
+
+class EngineryWarning(RuntimeWarning):
+    """The work goes on, slower than it could."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from importlib import import_module
 
 import typer
 
-from enginery.errors import EngineryError
+from enginery.errors import EngineryError, EngineryWarning
 
 app = typer.Typer(
     name="enginery",
@@ -28,6 +29,9 @@ for command in COMMANDS:
 def main(argv: list[str] | None = None) -> None:
     """Runs a command and exits: 0, or the exit code of the error, whose one line goes to standard error."""
     arguments = sys.argv[1:] if argv is None else argv
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("default", EngineryWarning)
+    warnings.showwarning = lambda message, *place: print(f"warning: {message}", file=sys.stderr)
     try:
         code = app(arguments, standalone_mode=False) or 0
     except EngineryError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from enginery.engine.memory import MemoryPlan, caches, plan_memory, pool_shape
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.engine.regions import Outline, outline
 from enginery.engine.steps import CompiledStep, EagerStep, Step
-from enginery.errors import ResourceError, StepError, UsageError
-from enginery.kernels.table import TABLE
+from enginery.errors import EngineryWarning, ResourceError, StepError, UsageError
+from enginery.kernels.table import TABLE, Row
 from enginery.network import Network
 
 Progress = Callable[[str, int, int], None]
@@ -60,7 +61,7 @@ class Engine:
         self.device = torch.device(parts.manifest.device)
         self.regions: Outline = outline(parts.network)
         self.plan: MemoryPlan = plan_memory(parts.network, self.regions, self.facts, config, self.device.type)
-        TABLE.load(self.device.type)
+        warn_of_references(TABLE.load(self.device.type))
         runs = {}
         if config.backend == "compiled":
             packages = compile_regions(self.regions, self.device.type, progress)
@@ -182,6 +183,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def warn_of_references(rows: Sequence[Row]) -> None:
+    """Says once why kernels that this device should have are not there; their ops run by slow references."""
+    reason = next((row.reason for row in rows if row.is_missing), None)
+    if reason is not None:
+        warnings.warn(f"kernels are missing, so the engine is slow: {reason}", EngineryWarning, stacklevel=4)
 
 
 def compile_regions(regions: Outline, device: str, progress: Progress | None = None) -> dict[str, Path]:

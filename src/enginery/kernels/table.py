@@ -19,6 +19,8 @@ from enginery.kernels import compile as compiling
 from enginery.kernels.cpu_features import cpu_flags, instruction_set
 from enginery.ops import NAMESPACE, OPS
 
+NO_KERNEL = "no kernel for this device"
+
 Report = Callable[[str], None]
 """Receives one line when work begins that a user waits for."""
 
@@ -42,6 +44,11 @@ class Row:
     device: str
     kernel: str
     reason: str = ""
+
+    @property
+    def is_missing(self) -> bool:
+        """There is a kernel for this device, but it could not be loaded."""
+        return self.kernel == "reference" and self.reason != NO_KERNEL
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class KernelTable:
     def _row(self, op: str, device: str, failure: str = "") -> Row:
         candidate = next((each for each in self.candidates if each.device == device and op in each.ops), None)
         if candidate is None:
-            return Row(op, device, "reference", "no kernel for this device")
+            return Row(op, device, "reference", NO_KERNEL)
         if _is_loaded(op, device):
             return Row(op, device, candidate.name())
         reason = failure or candidate.unavailable() or f"{candidate.name()} is not loaded yet"
