@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -128,3 +129,22 @@ def test_the_compiled_engine_answers_the_same(llm: LLM) -> None:
         found = [output.outputs[0].token_ids for output in compiled.chat([ask(text) for text in QUESTIONS], GREEDY)]
         assert found == wanted
         assert compiled.engine.backend == "compiled"
+
+
+def test_logprobs_are_the_same_bits_alone_in_a_batch_and_in_any_chunks() -> None:
+    generator = random.Random(0)
+    lengths = (40, 7, 90, 33, 61, 5)
+    prompts = [{"prompt_token_ids": [generator.randrange(3, 1000) for _ in range(length)]} for length in lengths]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=3)
+    found = []
+    for chunk in (512, 24):
+        with LLM(
+            dtype="float32",
+            kv_cache_memory=64 << 20,
+            max_num_seqs=8,
+            prefix_caching=False,
+            max_num_batched_tokens=chunk,
+        ) as llm:
+            found.append([llm.generate(prompt, params)[0].outputs[0].logprobs for prompt in prompts])
+            found.append([output.outputs[0].logprobs for output in llm.generate(prompts, params)])
+    assert all(logprobs == found[0] for logprobs in found[1:])
