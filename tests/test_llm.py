@@ -138,13 +138,8 @@ def test_logprobs_are_the_same_bits_alone_in_a_batch_and_in_any_chunks() -> None
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=3)
     found = []
     for chunk in (512, 24):
-        with LLM(
-            dtype="float32",
-            kv_cache_memory=64 << 20,
-            max_num_seqs=8,
-            prefix_caching=False,
-            max_num_batched_tokens=chunk,
-        ) as llm:
+        settings = {"kv_cache_memory": 64 << 20, "max_num_seqs": 8, "max_num_batched_tokens": chunk}
+        with LLM(dtype="float32", prefix_caching=False, **settings) as llm:
             found.append([llm.generate(prompt, params)[0].outputs[0].logprobs for prompt in prompts])
             found.append([output.outputs[0].logprobs for output in llm.generate(prompts, params)])
     assert all(logprobs == found[0] for logprobs in found[1:])
