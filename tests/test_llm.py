@@ -87,6 +87,7 @@ def test_closing_a_stream_frees_its_memory(llm: LLM) -> None:
     stream.close()
     assert llm.metrics().num_running == 0
     assert llm.metrics().num_used_blocks == 0
+    assert llm.metrics().peak_used_blocks > 0
 
 
 def test_seeded_samples_do_not_depend_on_the_batch(llm: LLM) -> None:

@@ -139,6 +139,7 @@ def host_times(llm: LLM) -> dict[str, float]:
         "steps": float(stats.num_steps),
         "preemptions": float(stats.num_preemptions),
         "KV blocks": float(stats.num_blocks),
+        "KV use at the peak, %": 100 * stats.peak_used_blocks / max(stats.num_blocks, 1),
     }
 
 

@@ -190,6 +190,7 @@ class Session:
     def _schedule(self) -> Schedule:
         began = time.perf_counter()
         schedule = self.scheduler.schedule()
+        self._stats.peak_used_blocks = max(self._stats.peak_used_blocks, self.scheduler.blocks.num_used)
         self._stats.schedule_seconds += time.perf_counter() - began
         return schedule
 

@@ -20,6 +20,8 @@ class SessionStats:
     num_generated_tokens: int = 0
     num_scheduled_tokens: int = 0
     """Tokens computed, recomputed ones counted again."""
+    peak_used_blocks: int = 0
+    """Most KV blocks that were in use at once."""
     schedule_seconds: float = 0.0
     batch_seconds: float = 0.0
     engine_seconds: float = 0.0
