@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import torch
 
+from enginery.ops.add_rms_norm import ADD_RMS_NORM
 from enginery.ops.attention import ATTENTION
 from enginery.ops.declare import NAMESPACE, Op
 from enginery.ops.experts import EXPERT_LINEAR
 from enginery.ops.gpt_attention import GPT_ATTENTION
 from enginery.ops.linear import PACK_LINEAR, PACKED_EMBEDDING, PACKED_LINEAR, PANEL
 from enginery.ops.paged_attention import PAGED_ATTENTION
+from enginery.ops.rotary_paged_attention import ROTARY_PAGED_ATTENTION
+from enginery.ops.silu_mul import SILU_MUL
 
 OPS: tuple[Op, ...] = (
     ATTENTION,
@@ -21,6 +24,9 @@ OPS: tuple[Op, ...] = (
     PACKED_EMBEDDING,
     EXPERT_LINEAR,
     GPT_ATTENTION,
+    ADD_RMS_NORM,
+    SILU_MUL,
+    ROTARY_PAGED_ATTENTION,
 )
 
 attention = ATTENTION.overload
@@ -30,6 +36,9 @@ packed_linear = PACKED_LINEAR.overload
 packed_embedding = PACKED_EMBEDDING.overload
 expert_linear = EXPERT_LINEAR.overload
 gpt_attention = GPT_ATTENTION.overload
+add_rms_norm = ADD_RMS_NORM.overload
+silu_mul = SILU_MUL.overload
+rotary_paged_attention = ROTARY_PAGED_ATTENTION.overload
 
 
 def reference(overload: torch._ops.OpOverload) -> Callable:
@@ -38,6 +47,6 @@ def reference(overload: torch._ops.OpOverload) -> Callable:
 
 
 __all__ = [
-    "NAMESPACE", "OPS", "PANEL", "Op", "attention", "expert_linear", "gpt_attention", "pack_linear", "packed_embedding",
-    "packed_linear", "paged_attention", "reference",
+    "NAMESPACE", "OPS", "PANEL", "Op", "add_rms_norm", "attention", "expert_linear", "gpt_attention", "pack_linear",
+    "packed_embedding", "packed_linear", "paged_attention", "reference", "rotary_paged_attention", "silu_mul",
 ]  # fmt: skip

@@ -110,13 +110,14 @@ def _table() -> Mapping[str, Callable[[Layer], Axes]]:
         _none: "reshape view _unsafe_view flatten unflatten squeeze unsqueeze transpose permute t numpy_T mT expand "
         "repeat broadcast_to expand_as view_as to type_as _to_copy clone contiguous alias detach dropout stack where "
         "copy zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
-        "scalar_tensor embedding packed_embedding one_hot paged_attention pack_linear masked_fill bitwise_not",
+        "scalar_tensor embedding packed_embedding one_hot paged_attention rotary_paged_attention "
+        "pack_linear masked_fill bitwise_not",
         _dim: "sum mean prod amax amin max min argmax argmin any all softmax _softmax log_softmax logsumexp cumsum "
         "cumprod topk sort argsort split split_with_sizes chunk unbind gather scatter scatter_add index_select "
         "index_add select slice slice_scatter select_scatter repeat_interleave narrow flip roll var std norm "
         "linalg_vector_norm diff glu",
         _joined: "cat concat concatenate hstack",
-        _last: "linear packed_linear expert_linear",
+        _last: "linear packed_linear expert_linear add_rms_norm silu_mul",
         _normalised: "layer_norm rms_norm native_layer_norm",
         _product: "matmul mm bmm addmm baddbmm mv dot",
         _indexed: "index index_put",
