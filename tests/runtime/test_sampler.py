@@ -77,7 +77,9 @@ def test_distribution_is_the_reference(setting: dict, vocab_size: int) -> None:
     # In batches, as a batch mixes rows of all kinds of noise.
     drawn = Counter()
     for noise in np.array_split((np.arange(grid) + 0.5) / grid, 8):
-        samples = Sampler().sample(logits.expand(len(noise), -1).clone(), inputs(len(noise), noise=noise, **setting))
+        samples = (
+            Sampler().sample(logits.expand(len(noise), -1).clone(), inputs(len(noise), noise=noise, **setting)).wait()
+        )
         assert not samples.failed
         drawn.update(samples.token_ids)
     expected = probabilities(logits.numpy(), **setting)
@@ -92,10 +94,10 @@ def test_a_row_does_not_depend_on_its_neighbours(setting: dict) -> None:
     logits = torch.randn(len(SETTINGS) * 3, 5003) * 3
     noise = rng.random(len(logits))
     mixed = {name: np.array([SETTINGS[row % len(SETTINGS)][name] for row in range(len(logits))]) for name in setting}
-    together = Sampler().sample(logits.clone(), inputs(len(logits), noise=noise, **mixed)).token_ids
+    together = Sampler().sample(logits.clone(), inputs(len(logits), noise=noise, **mixed)).wait().token_ids
     for row in range(len(logits)):
         own = {name: column[row] for name, column in mixed.items()}
-        assert Sampler().sample(logits[row : row + 1].clone(), inputs(1, noise=noise[row], **own)).token_ids == [
+        assert Sampler().sample(logits[row : row + 1].clone(), inputs(1, noise=noise[row], **own)).wait().token_ids == [
             together[row]
         ]
 
@@ -144,13 +146,13 @@ def test_sampled_frequencies_through_a_session() -> None:
 def test_greedy_takes_the_largest_also_among_random_rows() -> None:
     logits = torch.randn(9, 777)
     temperature = np.where(np.arange(9) % 2, 1.0, 0.0)
-    token_ids = Sampler().sample(logits.clone(), inputs(9, temperature=temperature)).token_ids
+    token_ids = Sampler().sample(logits.clone(), inputs(9, temperature=temperature)).wait().token_ids
     assert token_ids[::2] == logits.argmax(dim=1).tolist()[::2]
 
 
 def test_rows_select_and_repeat_logits() -> None:
     logits = torch.randn(3, 50)
-    samples = Sampler().sample(logits.clone(), inputs(4, temperature=0.0, rows=np.array([2, 0, 0, 1])))
+    samples = Sampler().sample(logits.clone(), inputs(4, temperature=0.0, rows=np.array([2, 0, 0, 1]))).wait()
     assert samples.token_ids == logits.argmax(dim=1)[[2, 0, 0, 1]].tolist()
 
 
@@ -158,10 +160,10 @@ def test_rows_select_and_repeat_logits() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
 def test_only_the_broken_row_fails(setting: dict, bad: float | None) -> None:
     logits = torch.randn(3, 500)
-    healthy = Sampler().sample(logits.clone(), inputs(3, **setting)).token_ids
+    healthy = Sampler().sample(logits.clone(), inputs(3, **setting)).wait().token_ids
     logits[1] = -math.inf if bad is None else logits[1]
     logits[1, 123] = -math.inf if bad is None else bad
-    samples = Sampler().sample(logits, inputs(3, **setting))
+    samples = Sampler().sample(logits, inputs(3, **setting)).wait()
     assert samples.failed == {1}
     assert [samples.token_ids[0], samples.token_ids[2]] == [healthy[0], healthy[2]]
 
@@ -178,7 +180,7 @@ def test_edits_add_biases_then_penalise() -> None:
         reduction=np.array([0.5, 0.25, 1.0], np.float32),
     )
     edited = logits.clone()
-    Sampler().sample(edited, inputs(2, temperature=0.0, edits=edits))
+    Sampler().sample(edited, inputs(2, temperature=0.0, edits=edits)).wait()
     expected = logits.clone()
     for row, token, bias, reduction in [(0, 4, 3.5, 0.5), (0, 9, 0.0, 0.25), (1, 5, -math.inf, 1.0)]:
         value = float(logits[row, token]) + bias
@@ -254,7 +256,7 @@ def test_logprobs_are_those_of_log_softmax(vocab_size: int) -> None:
     chosen = torch.randint(0, vocab_size, (4,))
     expected = torch.log_softmax(logits.double(), dim=1)
     for count in (0, 1, 5):
-        found = top_logprobs(logits, chosen, count)
+        found = top_logprobs(logits, chosen, count).wait()
         width = min(count, vocab_size)
         np.testing.assert_allclose(found.chosen, expected[range(4), chosen], atol=1e-5)
         np.testing.assert_allclose(found.values, expected.sort(descending=True).values[:, :width], atol=1e-5)

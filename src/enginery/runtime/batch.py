@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.runtime.edits import EditsBuilder, LogitsEdits
@@ -60,6 +61,9 @@ class SamplingInputs:
     num_logprobs: np.ndarray
     """`[R]` int64; -1: none wanted"""
     edits: LogitsEdits | None
+    pending: tuple[Tensor, np.ndarray] | None = None
+    """Token ids `[P]` int64 of the last step, on the device of the logits, which the host does not know yet; and
+    `[R]` int64: which of them is the newest token of each sample's sequence, -1: the host knows the newest."""
 
 
 class Batch:
@@ -151,9 +155,10 @@ class Batch:
 
     # ---- inputs of the sampler
 
-    def sampling_inputs(self, plan: LogitsPlan) -> SamplingInputs:
+    def sampling_inputs(self, plan: LogitsPlan, pending: tuple[Tensor, np.ndarray] | None = None) -> SamplingInputs:
+        """`pending`: see `SamplingInputs`; sequences with `num_pending` = 1 have their place in it."""
         rows = np.array([sequence.row for sequence in plan.sequences], np.int64)
-        lengths = np.array([len(sequence.token_ids) for sequence in plan.sequences], np.uint64)
+        lengths = np.array([len(seq.token_ids) + seq.num_pending for seq in plan.sequences], np.uint64)
         temperature = self._temperature[rows]
         edits = EditsBuilder()
         for entry in np.flatnonzero(self._has_edits[rows]).tolist():
@@ -170,6 +175,7 @@ class Batch:
             ),
             num_logprobs=self._num_logprobs[rows],
             edits=edits.build(),
+            pending=pending,
         )
 
 

@@ -92,6 +92,7 @@ class Sequence:
         "index",
         "logprobs",
         "num_computed",
+        "num_pending",
         "order",
         "request",
         "row",
@@ -110,6 +111,8 @@ class Sequence:
         """Prompt and output."""
         self.num_computed = 0
         """Leading tokens whose keys and values are in the cache."""
+        self.num_pending = 0
+        """Tokens sampled already, which are not yet on the host: 0 or 1."""
         self.blocks: list[int] = []
         self.digests: list[bytes] = []
         """Prefix-cache digests of the leading full blocks that were published or hit."""

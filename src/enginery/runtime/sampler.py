@@ -55,10 +55,34 @@ class Samples:
     """Sample -> row of `logprobs`"""
 
 
+class Sampling:
+    """R samples that are being drawn."""
+
+    def __init__(self, token_ids: Tensor, samples: Samples) -> None:
+        self.token_ids = token_ids
+        """`[R]` int64 on the device of the logits, valid there in the order of its stream."""
+        self._samples = samples
+
+    def wait(self) -> Samples:
+        """Blocks until the outcome is on the host."""
+        return self._samples
+
+
+class PendingLogprobs:
+    """Logprobs that are being computed."""
+
+    def __init__(self, logprobs: TopLogprobs) -> None:
+        self._logprobs = logprobs
+
+    def wait(self) -> TopLogprobs:
+        """Blocks until they are on the host."""
+        return self._logprobs
+
+
 class Sampler:
     """Stateless. May write to the logits it is given."""
 
-    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Samples:
+    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Sampling:
         """Draws one token per entry of `inputs` from logits `[L, vocab_size]` float32."""
         rows = logits if inputs.rows is None else _take(logits, inputs.rows)
         wanted = np.flatnonzero(inputs.num_logprobs >= 0)
@@ -70,24 +94,26 @@ class Sampler:
         logprobs = None
         if len(wanted):
             chosen = torch.from_numpy(token_ids[wanted])
-            logprobs = top_logprobs(_take(raw, wanted), chosen, int(inputs.num_logprobs.max()))
+            logprobs = top_logprobs(_take(raw, wanted), chosen, int(inputs.num_logprobs.max())).wait()
         rows_of = {int(sample): row for row, sample in enumerate(wanted)}
-        return Samples(token_ids.tolist(), failed, logprobs, rows_of)
+        samples = Samples(token_ids.tolist(), failed, logprobs, rows_of)
+        return Sampling(torch.from_numpy(token_ids).to(logits.device), samples)
 
 
-def top_logprobs(logits: Tensor, chosen: Tensor, count: int) -> TopLogprobs:
+def top_logprobs(logits: Tensor, chosen: Tensor, count: int) -> PendingLogprobs:
     """Of logits `[M, V]` and chosen token ids `[M]`: see `TopLogprobs`, with K = `count`."""
     chosen = chosen.to(logits.device).unsqueeze(1)
     normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
     chosen_logits = logits.gather(1, chosen)
     # One column at least, so that the shapes below hold for count = 0.
     values, token_ids = top_candidates(logits, max(1, min(count, logits.shape[1])))
-    return TopLogprobs(
+    logprobs = TopLogprobs(
         chosen=(chosen_logits - normalizer).squeeze(1).cpu().numpy(),
         ranks=((logits > chosen_logits).sum(dim=1) + 1).cpu().numpy(),
         token_ids=token_ids[:, :count].cpu().numpy(),
         values=(values - normalizer)[:, :count].cpu().numpy(),
     )
+    return PendingLogprobs(logprobs)
 
 
 def top_candidates(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

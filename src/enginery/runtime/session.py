@@ -233,7 +233,7 @@ class Session:
         prompts = [(rows, self._prompt_logprobs(rows, logits)) for rows in plan.prompts]
         samples = None
         if plan.sequences:
-            samples = self._sampler.sample(logits, self._batch.sampling_inputs(plan))
+            samples = self._sampler.sample(logits, self._batch.sampling_inputs(plan)).wait()
         return Ran(items, plan, samples, prompts)
 
     def _prompt_logprobs(self, rows: PromptRows, logits: torch.Tensor) -> TopLogprobs:
@@ -242,7 +242,7 @@ class Session:
         count = params.prompt_logprobs or 0 if isinstance(params, SamplingParams) else 0
         following = request.prompt_token_ids[rows.first_position + 1 : rows.first_position + 1 + rows.count]
         mine = logits[rows.first_row : rows.first_row + len(following)]
-        return top_logprobs(mine, torch.tensor(following, dtype=torch.int64), count)
+        return top_logprobs(mine, torch.tensor(following, dtype=torch.int64), count).wait()
 
     def _settle(self, schedule: Schedule, results: list[Ran]) -> list[RequestOutput]:
         began = time.perf_counter()
