@@ -8,13 +8,19 @@ from typing import Any, NamedTuple
 
 
 class Application(NamedTuple):
-    """One rewrite: the rule, the layers that it replaced (the root first) and those that it made."""
+    """One rewrite: the rule, the layers that it replaced (the root first), those that it made, those that went."""
 
     rule: str
     root: str
     module_path: str
     replaced: tuple[str, ...]
+    """what its pattern matched; an inner layer that others read as well is still there"""
     added: tuple[str, ...]
+    erased: tuple[str, ...] = ()
+    """nobody reads them any more, whether they were matched or only fed what was"""
+
+    def to_json(self) -> dict[str, Any]:
+        return self._asdict()
 
     def __str__(self) -> str:
         return f"{' + '.join(self.replaced)}  →  {' + '.join(self.added) or 'an existing value'}"
@@ -87,10 +93,7 @@ class Report:
             "milliseconds": round(self.milliseconds, 3),
             "verified": self.verified,
             "rules": {label: rule.to_json() for label, rule in self.rules.items()},
-            "applications": [
-                {"rule": a.rule, "root": a.root, "module_path": a.module_path, "replaced": a.replaced, "added": a.added}
-                for a in self.applications
-            ],
+            "applications": [application.to_json() for application in self.applications],
         }
 
     def diff(self, other: Report) -> str:

@@ -233,7 +233,8 @@ class Run:
         self._journal.append(edit)
         candidate.fact.rewritten += 1
         added = tuple([layer.name for layer in edit.added])
-        self.report.applications.append(Application(label, root.name, root.module_path, names, added))
+        gone = tuple([layer.name for layer in erased])
+        self.report.applications.append(Application(label, root.name, root.module_path, names, added, gone))
         self._tell(edit, pairs, erased)
 
     def _check_types(self, way: Way, root: Layer, pairs: Sequence[Pair]) -> None:
