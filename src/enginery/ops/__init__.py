@@ -10,8 +10,9 @@ from enginery.ops.add_rms_norm import ADD_RMS_NORM
 from enginery.ops.attention import ATTENTION
 from enginery.ops.declare import NAMESPACE, Op
 from enginery.ops.experts import EXPERT_LINEAR
+from enginery.ops.float8_linear import FLOAT8_LINEAR
 from enginery.ops.gpt_attention import GPT_ATTENTION
-from enginery.ops.linear import PACK_LINEAR, PACKED_EMBEDDING, PACKED_LINEAR, PANEL
+from enginery.ops.linear import LINEAR, PACK_LINEAR, PACKED_EMBEDDING, PACKED_LINEAR, PANEL
 from enginery.ops.paged_attention import PAGED_ATTENTION
 from enginery.ops.rotary_paged_attention import ROTARY_PAGED_ATTENTION
 from enginery.ops.silu_mul import SILU_MUL
@@ -27,6 +28,8 @@ OPS: tuple[Op, ...] = (
     ADD_RMS_NORM,
     SILU_MUL,
     ROTARY_PAGED_ATTENTION,
+    LINEAR,
+    FLOAT8_LINEAR,
 )
 
 attention = ATTENTION.overload
@@ -39,6 +42,8 @@ gpt_attention = GPT_ATTENTION.overload
 add_rms_norm = ADD_RMS_NORM.overload
 silu_mul = SILU_MUL.overload
 rotary_paged_attention = ROTARY_PAGED_ATTENTION.overload
+linear = LINEAR.overload
+float8_linear = FLOAT8_LINEAR.overload
 
 
 def reference(overload: torch._ops.OpOverload) -> Callable:
@@ -47,6 +52,7 @@ def reference(overload: torch._ops.OpOverload) -> Callable:
 
 
 __all__ = [
-    "NAMESPACE", "OPS", "PANEL", "Op", "add_rms_norm", "attention", "expert_linear", "gpt_attention", "pack_linear",
-    "packed_embedding", "packed_linear", "paged_attention", "reference", "rotary_paged_attention", "silu_mul",
+    "NAMESPACE", "OPS", "PANEL", "Op", "add_rms_norm", "attention", "expert_linear", "float8_linear", "gpt_attention",
+    "linear", "pack_linear", "packed_embedding", "packed_linear", "paged_attention", "reference",
+    "rotary_paged_attention", "silu_mul",
 ]  # fmt: skip

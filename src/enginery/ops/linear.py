@@ -1,4 +1,4 @@
-"""Linear layers over packed weights: the layout that decoding's skinny products stream at full bandwidth."""
+"""Linear layers: over plain weights, and over weights in the layout that a CPU streams at full bandwidth."""
 
 from __future__ import annotations
 
@@ -8,6 +8,24 @@ from enginery.ops.declare import declare
 
 PANEL = 32
 """Outputs of one panel: two AVX-512 registers of float32, the width at which one row of input runs at memory speed."""
+
+
+def linear_reference(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """input `[..., K]` · weight `[N, K]`ᵀ + bias `[N]` -> `[..., N]`.
+
+    As aten.linear, with a promise by the caller: nothing that still runs when the call is made writes the weight. A
+    kernel may read it before its predecessor has ended.
+    """
+    return torch.nn.functional.linear(input, weight, bias)
+
+
+def _plain_shape(input, weight, bias=None):
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+LINEAR = declare(
+    "linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", reference=linear_reference, shape=_plain_shape
+)
 
 
 def pair_of(dtype: torch.dtype) -> int:
