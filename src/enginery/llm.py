@@ -193,6 +193,7 @@ class LLM:
         model: engine directory, checkpoint directory or hub id; None: the bundled model. A checkpoint is built into the
             cache on first use.
         dtype: "auto" (that of the checkpoint), "float32", "bfloat16" or "float16".
+        quantization: None, or "fp8": linear layers in 8-bit floats.
         device: "auto", "cpu" or "cuda".
         max_model_len: longest sequence in tokens; None: that of the model, or what memory allows.
         max_num_seqs: sequences that run at once.
@@ -213,6 +214,7 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: str = "auto",
+        quantization: str | None = None,
         device: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
@@ -228,6 +230,7 @@ class LLM:
     ) -> None:
         config = BuildConfig(
             dtype=dtype,
+            quantization=quantization,
             device=device,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

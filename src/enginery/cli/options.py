@@ -27,6 +27,7 @@ class EngineOptions:
     """What an engine is built for; `arguments()` gives the fields of a `BuildConfig`, for `LLM` too."""
 
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    quantization: Annotated[str | None, typer.Option(help="fp8: linear layers in 8-bit floats.")] = None
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     max_model_len: Annotated[str | None, typer.Option(help="Longest sequence, such as 4096 or 32K.")] = None
     max_num_seqs: Annotated[str, typer.Option(help="Sequences that run at once.")] = "256"

@@ -24,6 +24,8 @@ from enginery.engine.regions import outline
 from enginery.engine.weights_file import plan_layout
 from enginery.kernels.table import TABLE
 from enginery.network import Network
+from enginery.quantization.quantise_linears import QuantiseLinears
+from enginery.quantization.schemes import SCHEMES
 from enginery.rewriting.pipeline import PipelineConfig, PipelineReport, run_phases
 
 
@@ -112,9 +114,13 @@ def prepare(source: Source, config: BuildConfig) -> Prepared:
 
 def pipeline_config(config: BuildConfig) -> PipelineConfig:
     """What the phases need to know of a build."""
-    device = config.resolved_device()
+    scheme = None if config.quantization is None else SCHEMES[config.quantization]
     return PipelineConfig(
-        disabled_rules=config.disabled_rules, rules=config.rules, device=device, block_size=BLOCK_SIZE
+        disabled_rules=config.disabled_rules,
+        rules=config.rules,
+        quantization=() if scheme is None else (QuantiseLinears(scheme),),
+        device=config.resolved_device(),
+        block_size=BLOCK_SIZE,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from enginery.errors import UsageError
+from enginery.quantization.schemes import SCHEMES
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ class BuildConfig:
 
     Attributes:
         dtype: of weights and activations; "auto": that of the checkpoint.
+        quantization: how the linear layers are quantised, by the name of a scheme, such as "fp8"; None: not at all.
         device: "auto": cuda if there is one, else cpu.
         max_model_len: longest sequence in tokens; None: that of the model, or what memory allows.
         max_num_seqs: sequences that run at once.
@@ -40,6 +42,7 @@ class BuildConfig:
     """
 
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -51,6 +54,8 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            _one_of("quantization", self.quantization, tuple(SCHEMES))
         _one_of("device", self.device, DEVICES)
         _one_of("backend", self.backend, BACKENDS)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):

@@ -234,6 +234,12 @@ def _require_same(manifest: Manifest, config: BuildConfig, directory: Path) -> N
             f"{directory} was built in {manifest.facts.dtype}, not {config.dtype}",
             "Leave --dtype out, or build it again",
         )
+    quantization = manifest.config.get("quantization")
+    if config.quantization not in (None, quantization):
+        raise UsageError(
+            f"{directory} was built with quantization {quantization}, not {config.quantization}",
+            "Leave --quantization out, or build it again",
+        )
     if config.device not in ("auto", manifest.device):
         raise UsageError(
             f"{directory} was built for {manifest.device}, not {config.device}", "Leave --device out, or build it again"

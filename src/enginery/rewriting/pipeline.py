@@ -39,6 +39,7 @@ from enginery.rewriting.rules.pack_linears import PackLinears, PackTiedEmbedding
 from enginery.rewriting.rules.page_attention import PageAttention, open_cache
 from enginery.rewriting.rules.recognise_attention import RecogniseAttention
 from enginery.rewriting.rules.sink_transposes import SinkTransposes, TransposeOfUnsqueeze
+from enginery.rewriting.rules.skinny_linears import SkinnyLinears
 from enginery.rewriting.rules.view_to_reshape import ViewToReshape
 
 
@@ -48,6 +49,8 @@ class PipelineConfig:
     """names of rules that are left out"""
     rules: tuple[PatternRewriter, ...] = ()
     """the user's own, run in a phase of their own before attention is paged"""
+    quantization: tuple[PatternRewriter, ...] = ()
+    """rules of a quantisation scheme, in the phase after the user's own"""
     pack_linears: bool = True
     """weights in the panels of the CPU kernels; on other devices never"""
     device: str = "cpu"
@@ -73,12 +76,14 @@ TIDY: tuple[type[PatternRewriter], ...] = (
 """what leaves a network's values as they are and makes equal things look equal"""
 
 USER_RULES = "user rules"
+QUANTISE = "quantise"
 
 PHASES: tuple[Phase, ...] = (
     Phase("canonicalise", (*TIDY, LinearFromMatmul, BiasIntoLinear, ExpandBaddbmm)),
     Phase("recognise attention", (RecogniseAttention, GroupRepeatedHeads, *TIDY)),
     Phase("fuse", (MergeParallelLinears,)),
     Phase(USER_RULES),
+    Phase(QUANTISE),
     Phase(
         "paged attention",
         (PageAttention,),
@@ -94,6 +99,7 @@ PHASES: tuple[Phase, ...] = (
         (PackLinears, PackTiedEmbedding),
         wanted=lambda config: config.pack_linears and config.device == "cpu",
     ),
+    Phase("skinny", (SkinnyLinears,), wanted=lambda config: config.device == "cuda"),
     Phase("fold", (DeadCode, CommonSubexpressions)),
 )  # fmt: skip
 
@@ -167,7 +173,7 @@ def rule_names() -> tuple[str, ...]:
 
 
 def _check_names(config: PipelineConfig) -> None:
-    known = (*rule_names(), *(type(rule).__name__ for rule in config.rules))
+    known = (*rule_names(), *(type(rule).__name__ for rule in (*config.rules, *config.quantization)))
     for name in config.disabled_rules:
         if name not in known:
             near = get_close_matches(name, known, n=3, cutoff=0.4)
@@ -177,7 +183,8 @@ def _check_names(config: PipelineConfig) -> None:
 
 
 def _manager(phase: Phase, config: PipelineConfig) -> RewritePatternManager:
-    rules = config.rules if phase.name == USER_RULES else [rule() for rule in phase.rules]
+    given = {USER_RULES: config.rules, QUANTISE: config.quantization}.get(phase.name, ())
+    rules = [*(rule() for rule in phase.rules), *given]
     return RewritePatternManager(*(rule for rule in rules if type(rule).__name__ not in config.disabled_rules))
 
 

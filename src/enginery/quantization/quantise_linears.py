@@ -1,0 +1,96 @@
+"""linear(x, W, b) = s·t·float8_linear(x/s, W/t) + b   with s = max|x|/448 of each token, t = max|W|/448 of each output
+
+Approximate on purpose: x/s and W/t are rounded to float8_e4m3fn. The product has no scales of its own, so that it takes
+the fastest matrix product there is; scales, rounding and bias are plain ATen, which the compiler fuses into the norm or
+activation before the product and into whatever follows it. x/s of parallel linears is one value (`CommonSubexpressions`
+merges them), W/t and t are computed when weights are bound.
+
+The head, whose rounding would go straight into the logits, and the routers of a mixture of experts stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from enginery import ops
+from enginery.network import Layer, Tensor
+from enginery.quantization.schemes import Float8
+from enginery.rewriting import MatchFailure, PatternRewriter
+
+aten = torch.ops.aten
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = 448.0
+SMALLEST_MAXIMUM = 1e-12
+"""stands for the maximum of a row of zeros"""
+MULTIPLE = 16
+"""both sides of a weight are multiples of this: what the matrix units take"""
+ROUTER_REACH = 8
+"""calls between a router and the choice of experts, at most"""
+PRODUCTS = (aten.linear.default, ops.expert_linear, ops.attention)
+
+
+class QuantiseLinears(PatternRewriter):
+    root_layer = (aten.linear.default,)
+
+    def __init__(self, scheme: Float8 | None = None) -> None:
+        self.scheme = scheme or Float8()
+
+    def match_and_rewrite(self, layer: Layer) -> Any:
+        x, weight, bias = layer.args
+        _require_fit(layer)
+        inputs, input_scale = quantise(x, (-1,))
+        weights, weight_scale = quantise(weight, (1,) if self.scheme.per_channel else (0, 1))
+        product = ops.float8_linear(inputs, weights).to(torch.float32)
+        result = product * input_scale * weight_scale.squeeze(1)
+        if bias is not None:
+            result = result + bias
+        return result.to(x.dtype)
+
+
+def quantise(values: Any, dims: tuple[int, ...]) -> tuple[Any, Any]:
+    """(q, s) with values ≈ q·s: q is float8, s is float32 and has the size 1 in the dimensions `dims` that share it."""
+    maximum = values.abs().amax(dims, keepdim=True).to(torch.float32)
+    scale = maximum.clamp_min(SMALLEST_MAXIMUM) / LARGEST
+    return (values.to(torch.float32) / scale).clamp(-LARGEST, LARGEST).to(DTYPE), scale
+
+
+def _require_fit(layer: Layer) -> None:
+    x, weight, _ = layer.args
+    if not weight.is_constant or weight.rank != 2 or x.is_constant:
+        raise MatchFailure("its weight is no constant matrix")
+    if not x.dtype == weight.dtype or not weight.dtype.is_floating_point or weight.dtype.itemsize not in (2, 4):
+        raise MatchFailure(f"its operands are {x.dtype} and {weight.dtype}")
+    if any(not isinstance(size, int) or size % MULTIPLE for size in weight.shape):
+        raise MatchFailure(f"a side of its weight is no multiple of {MULTIPLE}")
+    if layer in _heads(layer.network.outputs):
+        raise MatchFailure("its product becomes the logits")
+    if any(user.op is aten.topk.default for user in _followers(layer)):
+        raise MatchFailure("its product chooses experts")
+
+
+def _heads(outputs: tuple[Tensor, ...]) -> Iterator[Layer]:
+    """The last products before the outputs of a network."""
+    pending, seen = [tensor.parent for tensor in outputs], set()
+    while pending:
+        layer = pending.pop()
+        if layer is None or layer in seen:
+            continue
+        seen.add(layer)
+        if layer.op in PRODUCTS:
+            yield layer
+        else:
+            pending += [tensor.parent for tensor in layer.inputs]
+
+
+def _followers(layer: Layer) -> Iterator[Layer]:
+    """The calls that read the layer's value, and what comes of it, before the next product."""
+    front, seen = [layer], {layer}
+    for _ in range(ROUTER_REACH):
+        readers = {user: None for one in front for output in one.outputs for user in output.users}
+        front = [user for user in readers if user not in seen and user.op not in PRODUCTS]
+        seen.update(front)
+        yield from front
