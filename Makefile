@@ -5,7 +5,7 @@ PROMPT ?= What is 17 + 25?
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install dev run test test-slow check format bench clean
+.PHONY: install dev peers run test test-slow check format clean
 
 install: .venv/installed
 dev: .venv/installed-dev
@@ -21,6 +21,10 @@ dev: .venv/installed-dev
 .venv/installed-dev: .venv/installed requirements-dev.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	@touch $@
+
+# Other rewriting systems that benchmarks/rewriting.py measures; beside the environment, not in it.
+peers: dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .peers -r benchmarks/requirements.txt
 
 run: install
 	$(BIN)/enginery run "$(PROMPT)"
@@ -42,4 +46,4 @@ format: dev
 	$(BIN)/ruff check --fix src tests benchmarks training
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,11 +22,17 @@ Row = Mapping[str, Any]
 
 
 def record(
-    name: str, results: Mapping[str, Any], *, table: Mapping[str, Row] | None = None, write: bool = False
+    name: str,
+    results: Mapping[str, Any],
+    *,
+    table: Mapping[str, Row] | None = None,
+    write: bool = False,
+    packages: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Prints `table` (row name -> column -> value; by default the results themselves) and the record as one JSON line.
 
-    With `write`, the record goes to `benchmarks/results/NAME.json` as well. Returns it:
+    With `write`, the record goes to `benchmarks/results/NAME.json` as well. `packages` have their versions recorded
+    beside the usual ones. Returns the record:
     {"name", "command", "when", "hardware", "versions", "results"}.
     """
     entry = {
@@ -34,10 +40,10 @@ def record(
         "command": " ".join(["python", *sys.argv]),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "versions": versions(),
+        "versions": versions(packages),
         "results": results,
     }
-    _print_table(name, results if table is None else table)
+    print_table(name, results if table is None else table)
     print(json.dumps(entry))
     if write:
         RESULTS.mkdir(exist_ok=True)
@@ -55,9 +61,9 @@ def hardware() -> dict[str, Any]:
     return facts
 
 
-def versions() -> dict[str, str]:
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in dict.fromkeys((*PACKAGES, *more)):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -73,7 +79,8 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _print_table(title: str, rows: Mapping[str, Any]) -> None:
+def print_table(title: str, rows: Mapping[str, Any]) -> None:
+    """`rows`: row name -> column -> value; rows that are no mappings are left out."""
     rows = {name: row for name, row in rows.items() if isinstance(row, Mapping)}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     table = Table("", *columns, title=title)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from enginery.network.dim import Dim
 from enginery.network.network import Network
 from enginery.network.tensor import Tensor
 from enginery.rewriting import Call, Const, PatternRewriter, Scalar, Var
 
 LIBRARY = torch.library.Library("bench", "FRAGMENT")
-TOKENS, HIDDEN, WIDE, EPS = 16, 32, 64, 1e-6
+TOKENS = Dim.symbol("tokens")
+HIDDEN, WIDE, EPS = 32, 64, 1e-6
 NODES_PER_LAYER, MATCHES_PER_LAYER = 17, 4
 
 
@@ -32,6 +34,8 @@ add_rms_norm = _define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x)),
 )
+norm = _define("norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, weight, eps: torch.empty_like(x))
+"""rms_norm for peers that would decompose it"""
 
 
 class AttentionWithBias(PatternRewriter):
