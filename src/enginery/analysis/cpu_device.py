@@ -1,0 +1,94 @@
+"""This machine's processor as a device, measured once: read bandwidth and matrix products, by PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from enginery import env
+from enginery.analysis.device import Device
+
+READ_BYTES = 256 << 20
+"""beyond the caches of most processors"""
+MATRIX = 1024
+REPEATS = 7
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def measured_cpu() -> Device:
+    """The best of a few runs with as many threads as torch has now, about a second; kept in the cache directory."""
+    facts = {"processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    path = env.cache_dir() / "devices" / f"cpu-{key}.json"
+    found = _read(path)
+    if found is None:
+        found = {**facts, **_measure()}
+        _write(path, found)
+    flops = {getattr(torch, name): float(value) for name, value in found["flops"].items()}
+    source = f"measured here by a sum of {READ_BYTES >> 20} MiB and a product of {MATRIX}² matrices; kept in {path}"
+    return Device(f"cpu, {facts['threads']} threads", float(found["bandwidth"]), MappingProxyType(flops), source)
+
+
+def _measure() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    bandwidth = READ_BYTES / _best(torch.rand(READ_BYTES // 4, generator=generator).sum)
+    matrix = torch.rand(MATRIX, MATRIX, generator=generator)
+    flops: dict[str, float] = {}
+    for dtype in DTYPES:
+        operand = matrix.to(dtype)
+        flops[str(dtype).removeprefix("torch.")] = 2 * MATRIX**3 / _best(partial(torch.mm, operand, operand))
+    # What has no fast instructions is widened to float32, which costs less than it moves.
+    flops = {name: max(value, flops["float32"]) for name, value in flops.items()}
+    return {"bandwidth": bandwidth, "flops": flops}
+
+
+def _best(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest run."""
+    times = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What was measured before; None if nothing was, or it is no such file."""
+    try:
+        found = json.loads(path.read_text())
+        positive = [found["bandwidth"], found["flops"]["float32"], *found["flops"].values()]
+        known = all(isinstance(getattr(torch, name, None), torch.dtype) for name in found["flops"])
+        return found if known and all(float(value) > 0 for value in positive) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Atomically. A cache that cannot be written is measured again the next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(found, file, indent=2)
+        os.replace(name, path)
+    except OSError:
+        return
