@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -35,7 +36,17 @@ def record(
     beside the usual ones. Returns the record:
     {"name", "command", "when", "hardware", "versions", "results"}.
     """
-    entry = {
+    entry = entry_of(name, results, packages)
+    print_table(name, results if table is None else table)
+    print(json.dumps(entry))
+    if write:
+        write_entry(entry)
+    return entry
+
+
+def entry_of(name: str, results: Mapping[str, Any], packages: Sequence[str] = ()) -> dict[str, Any]:
+    """The record of results that were measured now and here."""
+    return {
         "name": name,
         "command": " ".join(["python", *sys.argv]),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,22 +54,30 @@ def record(
         "versions": versions(packages),
         "results": results,
     }
-    print_table(name, results if table is None else table)
-    print(json.dumps(entry))
-    if write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(entry, indent=2) + "\n")
-    return entry
+
+
+def write_entry(entry: Mapping[str, Any], path: Path | None = None) -> None:
+    path = path or RESULTS / f"{entry['name']}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(entry, indent=2) + "\n")
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, the cores this process may use, and the GPU if torch is loaded and has one."""
+    """The processor, the cores this process may use, and the GPU with its driver if there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+    return facts | _gpu()
+
+
+def _gpu() -> dict[str, str]:
+    """Of the first GPU, asked of its driver: a process that only collects results need not load torch."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        name, driver, memory = answer.stdout.splitlines()[0].split(", ")
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return {}
+    return {"gpu": name, "driver": driver, "gpu memory": memory}
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
