@@ -22,7 +22,7 @@ from enginery.engine.builder import build as build_network
 from enginery.engine.builder import pipeline_config, prepare
 from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
-from enginery.engine.manifest import Facts
+from enginery.engine.manifest import Facts, Manifest
 from enginery.engine.memory import MemoryPlan, plan_memory
 from enginery.engine.regions import outline
 from enginery.errors import RequestError, UsageError
@@ -148,19 +148,29 @@ class Inspection:
 def inspect_model(model: str | Path | None = None, **settings: Any) -> Inspection:
     """Inspects a checkpoint or an engine directory without reading a weight. `settings` are fields of `BuildConfig`."""
     config = BuildConfig(**settings)
+    network, manifest = step_network(model, **settings)
     if model is not None and is_engine(Path(model)):
-        artifact = open_artifact(Path(model))
-        kind, network, facts, device = "engine", artifact.network, artifact.manifest.facts, artifact.manifest.device
-        advice = f"enginery run {model} PROMPT"
+        kind, advice = "engine", f"enginery run {model} PROMPT"
     else:
         checkpoint = Checkpoint.open(BUNDLED_MODEL if model is None else model)
-        prepared = prepare(import_network(checkpoint, config), config)
-        network, facts, device = prepared.parts.network, prepared.manifest.facts, prepared.manifest.device
         kind = f"Hugging Face checkpoint, {len(checkpoint.tensors)} tensors, {checkpoint.nbytes:,} bytes"
         advice = f"enginery build {checkpoint.directory} -o DIR"
     regions = outline(network)
     names = {region.name: len(region.network) for region in regions.distinct.values()}
-    return Inspection(kind, facts, plan_memory(network, regions, facts, config, device), names, advice)
+    plan = plan_memory(network, regions, manifest.facts, config, manifest.device)
+    return Inspection(kind, manifest.facts, plan, names, advice)
+
+
+def step_network(model: str | Path | None = None, **settings: Any) -> tuple[Network, Manifest]:
+    """The network that an engine of the model runs in every step, and what the engine says of itself. No weight is
+    read. `settings` are fields of `BuildConfig`.
+    """
+    config = BuildConfig(**settings)
+    if model is not None and is_engine(Path(model)):
+        artifact = open_artifact(Path(model))
+        return artifact.network, artifact.manifest
+    prepared = prepare(import_network(Checkpoint.open(BUNDLED_MODEL if model is None else model), config), config)
+    return prepared.parts.network, prepared.manifest
 
 
 def rewritten_network(model: str | Path | None = None, **settings: Any) -> tuple[Network, PipelineReport]:
