@@ -6,14 +6,11 @@ rewritten     the batch's tables, the KV pools -> logits [logits, vocabulary] fl
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-from enginery import env
 from enginery.errors import UsageError
 from enginery.network import Network
 from enginery.rewriting.explain import Miss, explain
@@ -41,6 +38,7 @@ from enginery.rewriting.rules.recognise_attention import RecogniseAttention
 from enginery.rewriting.rules.sink_transposes import SinkTransposes, TransposeOfUnsqueeze
 from enginery.rewriting.rules.skinny_linears import SkinnyLinears
 from enginery.rewriting.rules.view_to_reshape import ViewToReshape
+from enginery.rewriting.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -133,16 +131,30 @@ class PipelineReport:
         return [{"phase": name, **report.to_json()} for name, report in self.phases]
 
 
-def run_phases(network: Network, config: PipelineConfig | None = None, *, before: str | None = None) -> PipelineReport:
+def run_phases(network: Network, config: PipelineConfig | None = None) -> PipelineReport:
+    """Rewrites the network in place, and makes sure that an engine can run it.
+
+    Raises as `apply_phases`, and UnsupportedError naming the layer if tokens meet outside attention.
+    """
+    report = apply_phases(network, config)
+    check_tokens_apart(network)
+    return report
+
+
+def apply_phases(
+    network: Network, config: PipelineConfig | None = None, *, before: str | None = None
+) -> PipelineReport:
     """Rewrites the network in place. With `before`, stops in front of the first phase that has a rule of that name.
 
     Raises UsageError for a disabled rule that there is not, RewriteError naming rule and layer if a rule breaks its
-    contract, UnsupportedError naming the layer if tokens meet outside attention.
+    contract.
     """
     config = config or PipelineConfig()
     _check_names(config)
+    watch = Watch.from_environment() if before is None else Watch()
+    watch.show(network)
     report = PipelineReport()
-    for number, phase in enumerate(PHASES):
+    for phase in PHASES:
         if phase.wanted(config):
             if phase.prepare is not None:
                 phase.prepare(network, config)
@@ -150,8 +162,7 @@ def run_phases(network: Network, config: PipelineConfig | None = None, *, before
             if before in manager.labels:
                 return report
             report.phases.append((phase.name, manager.rewrite(network)))
-            _show(number, network, *report.phases[-1])
-    check_tokens_apart(network)
+            watch.show(network, *report.phases[-1])
     for tensor in network.constants:
         if not tensor.users and not tensor.is_output:
             network.remove_constant(tensor)
@@ -161,7 +172,7 @@ def run_phases(network: Network, config: PipelineConfig | None = None, *, before
 def nearest_miss(network: Network, rule: str, config: PipelineConfig | None = None) -> Miss | None:
     """Why a rule does not fit the network as its phase finds it, or None if it does. Rewrites the network."""
     config = config or PipelineConfig()
-    run_phases(network, config, before=rule)
+    apply_phases(network, config, before=rule)
     managers = (_manager(phase, config) for phase in PHASES)
     found = next((manager for manager in managers if rule in manager.labels), None)
     return explain(network, found.get(rule), label=rule) if found is not None else None
@@ -186,32 +197,3 @@ def _manager(phase: Phase, config: PipelineConfig) -> RewritePatternManager:
     given = {USER_RULES: config.rules, QUANTISE: config.quantization}.get(phase.name, ())
     rules = [*(rule() for rule in phase.rules), *given]
     return RewritePatternManager(*(rule for rule in rules if type(rule).__name__ not in config.disabled_rules))
-
-
-def _show(number: int, network: Network, name: str, report: Report) -> None:
-    """Writes what ENGINERY_DEBUG and ENGINERY_DUMP ask for: to standard error, and to files."""
-    level, directory = env.read_int("ENGINERY_DEBUG"), env.read("ENGINERY_DUMP")
-    lines = list(_lines(level, network, name, report))
-    if lines:
-        print("\n".join(lines), file=sys.stderr)
-    if directory:
-        stem = Path(directory).expanduser() / f"{number}-{name.replace(' ', '-')}"
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".txt").write_text(str(network))
-        stem.with_suffix(".py").write_text(network.to_python())
-
-
-def _lines(level: int, network: Network, name: str, report: Report) -> Iterator[str]:
-    if level >= 1:
-        counts = ", ".join(f"{rule.label} {rule.rewritten}" for rule in report.rules.values() if rule.rewritten)
-        size = f"{report.layers_before} layers -> {report.layers_after}"
-        yield f"{name}: {size} in {report.milliseconds:.1f} ms ({counts or 'nothing applied'})"
-    if level >= 2:
-        yield from (f"  {application.rule}: {application}" for application in report.applications)
-    if level >= 3:
-        for rule in report.rules.values():
-            yield from (f"  {rule.label} declined {count}: {reason}" for reason, count in rule.declined.items())
-    if level >= 4:
-        yield str(network)
-    if level >= 5:
-        yield network.to_python()
