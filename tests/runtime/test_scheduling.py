@@ -87,9 +87,16 @@ def whole(params: SamplingParams | BeamSearchParams) -> SamplingParams | BeamSea
     max_num_seqs=st.integers(1, 10),
     prefix_caching=st.booleans(),
     max_prompt_logits=st.integers(1, 20),
+    overlap=st.booleans(),
 )
 def test_streams_equal_the_serial_reference(
-    seed: int, num_blocks: int, max_num_tokens: int, max_num_seqs: int, prefix_caching: bool, max_prompt_logits: int
+    seed: int,
+    num_blocks: int,
+    max_num_tokens: int,
+    max_num_seqs: int,
+    prefix_caching: bool,
+    max_prompt_logits: int,
+    overlap: bool,
 ) -> None:
     rng = random.Random(seed)
     session = make_session(
@@ -99,6 +106,7 @@ def test_streams_equal_the_serial_reference(
         prefix_caching=prefix_caching,
         max_prompt_logits=max_prompt_logits,
         eos_token_ids=(7,),
+        overlap=overlap,
     )
     todo = [(prompt, random_params(rng)) for prompt in random_prompts(rng, 8)]
     wanted: dict[str, tuple] = {}
@@ -136,14 +144,34 @@ def test_streams_equal_the_serial_reference(
             assert facts(final[request_id]) == expected
 
 
-def test_preemption_happens_and_changes_nothing() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_preemption_happens_and_changes_nothing(overlap: bool) -> None:
     rng = random.Random(5)
     prompts = random_prompts(rng, 12)
     params = SamplingParams(n=2, max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)
-    small = make_session(num_blocks=26, max_num_tokens=16)
+    small = make_session(num_blocks=26, max_num_tokens=16, overlap=overlap)
     outputs = small.generate(prompts, params)
     assert small.stats().num_preemptions > 10
     assert [facts(output) for output in outputs] == [alone(prompt, params) for prompt in prompts]
+
+
+def test_a_step_is_launched_before_the_one_before_is_settled() -> None:
+    """The host learns a token one step later, and what ended meanwhile is computed once too often, unnoticed."""
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    plain, ahead = make_session(), make_session(overlap=True)
+    reports = []
+    for session in (plain, ahead):
+        session.add([1, 2, 3], params)
+        reports.append([len(session.step()) for _ in range(5)])
+    assert reports == [[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+    # A last token that max_tokens foretells is not computed any further; one that a stop token ends is, once.
+    assert plain.engine.num_steps == ahead.engine.num_steps == 4
+    token = plain.generate([[1, 2, 3]], params)[0].outputs[0].token_ids[1]
+    stopping = SamplingParams(max_tokens=9, temperature=0.0, stop_token_ids=[token])
+    for session, steps in ((make_session(), 2), (make_session(overlap=True), 3)):
+        assert len(session.generate([[1, 2, 3]], stopping)[0].outputs[0].token_ids) == 2
+        run_to_end(session)
+        assert session.engine.num_steps == steps
 
 
 def test_first_come_first_served_within_a_priority() -> None:
@@ -235,8 +263,9 @@ def test_prompt_is_computed_once_for_all_samples() -> None:
     assert session.stats().num_scheduled_tokens == 40 + 8 * 4
 
 
-def test_counters_balance() -> None:
-    session = make_session(num_blocks=30, eos_token_ids=(3,))
+@pytest.mark.parametrize("overlap", [False, True])
+def test_counters_balance(overlap: bool) -> None:
+    session = make_session(num_blocks=30, eos_token_ids=(3,), overlap=overlap)
     rng = random.Random(0)
     outputs = []
     ids = [session.add(prompt, SamplingParams(max_tokens=20, n=2)) for prompt in random_prompts(rng, 9)]

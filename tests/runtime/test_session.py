@@ -173,9 +173,10 @@ def test_generate_leaves_nothing_behind_when_a_prompt_is_wrong() -> None:
     assert len(session.generate([[1], [2]], [GREEDY, SamplingParams(max_tokens=2)])) == 2
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("moment", range(8))
-def test_cancel_frees_memory_at_once(moment: int) -> None:
-    session = make_session(max_num_tokens=6)
+def test_cancel_frees_memory_at_once(moment: int, overlap: bool) -> None:
+    session = make_session(max_num_tokens=6, overlap=overlap)
     request_id = session.add(list(range(20)), SamplingParams(n=3, max_tokens=30, ignore_eos=True))
     for _ in range(moment):
         session.step()
@@ -196,6 +197,7 @@ class FailingEngine(FakeEngine):
 
     def execute(self, inputs: StepInputs) -> torch.Tensor:
         self.calls += 1
+        inputs = inputs.resolved()
         if self.every and self.calls % self.every == 0:
             raise MemoryError("injected")
         if (inputs.token_ids == 13).any():
@@ -214,13 +216,14 @@ def failing_session(every: int = 0, **config) -> Session:
     )
 
 
-def test_one_bad_request_fails_alone() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_bad_request_fails_alone(overlap: bool) -> None:
     prompts = [[1, 2, 3], [5, 13], [4, 4, 4, 4, 17], [7, 8, 9]]
     params = SamplingParams(max_tokens=8, temperature=0.0, n=2)
     healthy = failing_session().generate([prompts[0], prompts[3]], params)
-    session = failing_session()
+    session = failing_session(overlap=overlap)
     outputs = session.generate(prompts, params)
-    check_idle(session)
+    run_to_end(session)
     assert [outputs[0].outputs, outputs[3].outputs] == [output.outputs for output in healthy]
     assert [completion.finish_reason for completion in outputs[1].outputs] == ["error"]
     assert outputs[1].outputs[0].error == "ValueError: no thirteen here"
@@ -229,22 +232,24 @@ def test_one_bad_request_fails_alone() -> None:
     assert session.stats().finished == {"error": 2, "length": 2}
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_passing_failures_of_the_engine_cost_nothing(prefix_caching: bool) -> None:
+def test_passing_failures_of_the_engine_cost_nothing(prefix_caching: bool, overlap: bool) -> None:
     prompts = [[index, 2, 3, 4, 5, 6, index] for index in range(8)]
     params = SamplingParams(max_tokens=20, n=2, seed=4)
     expected = failing_session().generate(prompts, params)
     # Every second call fails: a step of many, or one of the sequences run by themselves.
-    session = failing_session(every=25, prefix_caching=prefix_caching)
+    session = failing_session(every=25, prefix_caching=prefix_caching, overlap=overlap)
     outputs = session.generate(prompts, params)
-    check_idle(session)
+    run_to_end(session)
     wrong = [o for o, e in zip(outputs, expected, strict=True) if o.outputs != e.outputs]
     assert all(c.finish_reason == "error" for output in wrong for c in output.outputs if c.error)
     assert len(wrong) <= 2
 
 
-def test_a_dead_engine_ends_every_request() -> None:
-    session = failing_session(every=1)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_dead_engine_ends_every_request(overlap: bool) -> None:
+    session = failing_session(every=1, overlap=overlap)
     outputs = session.generate([[1], [2], [3]], GREEDY)
     assert [output.outputs[0].finish_reason for output in outputs] == ["error"] * 3
     check_idle(session)

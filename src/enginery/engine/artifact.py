@@ -23,7 +23,7 @@ import torch
 from enginery.engine.digest import file_digests
 from enginery.engine.manifest import NAME, REBUILD, FileEntry, Manifest, read_manifest
 from enginery.engine.memory import caches
-from enginery.engine.protocol import StepInputs
+from enginery.engine.protocol import NETWORK_INPUTS
 from enginery.engine.storage import errors_told, replacing, write_file
 from enginery.engine.weights_file import Layout, WeightWriter, map_weights
 from enginery.errors import EngineFileError, NetworkError, UsageError
@@ -150,7 +150,7 @@ def open_artifact(directory: Path, *, report: Callable[[str, int, int], None] | 
 
 def _require_borders(network: Network) -> None:
     """The network takes what an engine gives it in a step and returns logits. Raises NetworkError."""
-    known = {field.name for field in dataclasses.fields(StepInputs)} | {tensor.name for tensor in caches(network)}
+    known = {*NETWORK_INPUTS, *(tensor.name for tensor in caches(network))}
     unknown = next((tensor for tensor in network.inputs if tensor.name not in known), None)
     if unknown is not None:
         raise NetworkError(f"input {unknown.name} is nothing that a step gives")

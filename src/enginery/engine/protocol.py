@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -24,6 +24,12 @@ class EngineLimits:
     block_size: int = 16
 
 
+NETWORK_INPUTS = (
+    "token_ids", "positions", "slot_mapping", "block_tables", "query_start", "seq_lens", "logits_indices",
+)  # fmt: skip
+"""The arrays of `StepInputs` that a network may read."""
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """The batch of one step, laid out as `enginery::paged_attention` wants it. T tokens of S sequences, L rows of
@@ -43,6 +49,18 @@ class StepInputs:
     """`[S]` int32, length of each sequence, the new tokens counted in"""
     logits_indices: np.ndarray
     """`[L]` int64, the tokens whose logits are wanted; L is 0 in a step of unfinished prompts"""
+    sampled: torch.Tensor | None = None
+    """`[P]` int64 on the engine's device: what the step before sampled, where the host may not know it yet"""
+    sources: np.ndarray | None = None
+    """`[T]` int64, the place in `sampled` of a token that the host does not know, -1 of one that is in `token_ids`;
+    given together with `sampled`"""
+
+    def resolved(self) -> StepInputs:
+        """With every token in `token_ids`: for engines on the host. Waits for the step before."""
+        if self.sampled is None or self.sources is None:
+            return self
+        known = np.where(self.sources < 0, self.token_ids, self.sampled.cpu().numpy()[self.sources])
+        return replace(self, token_ids=known, sampled=None, sources=None)
 
 
 class Engine(Protocol):

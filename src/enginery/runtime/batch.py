@@ -4,15 +4,18 @@ a few gathers."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.runtime.edits import EditsBuilder, LogitsEdits
 from enginery.runtime.request import Sequence
 from enginery.runtime.sampling_params import BeamSearchParams
 from enginery.runtime.scheduler import Scheduled
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _UNTIL_53_BITS = np.uint64(11)
 
@@ -89,8 +92,11 @@ class Batch:
 
     # ---- inputs of the engine
 
-    def inputs(self, items: list[Scheduled]) -> tuple[StepInputs, LogitsPlan]:
-        """The step's arrays: T tokens of the scheduled sequences in order, and what its logits are for."""
+    def inputs(self, items: list[Scheduled], sampled: Tensor | None = None) -> tuple[StepInputs, LogitsPlan]:
+        """The step's arrays: T tokens of the scheduled sequences in order, and what its logits are for.
+
+        `sampled`: `[P]`, what the last step sampled; sequences with a pending token have their place in it.
+        """
         self._update_rows(items)
         rows = np.array([item.sequence.row for item in items], np.int64)
         starts = np.array([item.sequence.num_computed for item in items], np.int64)
@@ -115,6 +121,8 @@ class Batch:
             query_start=query_start,
             seq_lens=seq_lens,
             logits_indices=plan.indices,
+            sampled=sampled,
+            sources=None if sampled is None else _sources(items, query_start),
         )
         return inputs, plan
 
@@ -179,6 +187,18 @@ class Batch:
         )
 
 
+def _sources(items: list[Scheduled], query_start: np.ndarray) -> np.ndarray:
+    """`[T]` int64: a pending token, always the last of its sequence, by its place among the samples; else -1."""
+    sources = np.full(query_start[-1], -1, np.int64)
+    sources[query_start[1:] - 1] = places([item.sequence for item in items])
+    return sources
+
+
+def places(sequences: list[Sequence]) -> np.ndarray:
+    """`[R]` int64: of pending tokens among the samples of the last step; -1: the host knows the sequence's newest."""
+    return np.array([sequence.place if sequence.num_pending else -1 for sequence in sequences], np.int64)
+
+
 def _plan_logits(items: list[Scheduled], query_start: np.ndarray) -> LogitsPlan:
     """Logits of the last known token of each sequence, and of whole prompts where their logprobs are wanted."""
     ends = query_start[1:].astype(np.int64)
@@ -192,14 +212,14 @@ def _plan_logits(items: list[Scheduled], query_start: np.ndarray) -> LogitsPlan:
     for item, first, end in zip(items, query_start.tolist(), ends.tolist(), strict=False):
         sequence = item.sequence
         request = sequence.request
-        is_complete = sequence.num_computed + item.num_tokens == len(sequence.token_ids)
-        if request.wants_prompt_logprobs and not request.is_prefilled:
+        is_complete = sequence.num_computed + item.num_tokens == sequence.num_tokens
+        if request.wants_prompt_logprobs and sequence.is_prefilling:
             plan.prompts.append(PromptRows(sequence, len(indices), sequence.num_computed, item.num_tokens))
             indices.extend(range(first, end))
         elif is_complete:
             indices.append(end - 1)
         if is_complete:
-            copies = range(request.num_choices) if not request.is_prefilled else (sequence.index,)
+            copies = range(request.num_choices) if sequence.is_prefilling else (sequence.index,)
             plan.sequences.extend([sequence] * len(copies))
             rows.extend([len(indices) - 1] * len(copies))
             choices.extend(copies)
@@ -212,10 +232,10 @@ def _plan_logits(items: list[Scheduled], query_start: np.ndarray) -> LogitsPlan:
 def _is_special(item: Scheduled) -> bool:
     """Whether a sequence gives other logits than one row for itself: an unfinished prompt, a fork, prompt logprobs."""
     sequence = item.sequence
-    if sequence.num_computed + item.num_tokens < len(sequence.token_ids):
+    if sequence.num_computed + item.num_tokens < len(sequence.token_ids) + sequence.num_pending:
         return True
     request = sequence.request
-    return not request.is_prefilled and (request.num_choices > 1 or request.wants_prompt_logprobs)
+    return sequence.is_prefilling and (request.num_choices > 1 or request.wants_prompt_logprobs)
 
 
 def uniform_noise(seeds: np.ndarray, choices: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ class FakeEngine:
         return self._limits
 
     def execute(self, inputs: StepInputs) -> torch.Tensor:
+        inputs = inputs.resolved()
         self._check(inputs)
         self._tokens.reshape(-1)[inputs.slot_mapping] = inputs.token_ids
         self._positions.reshape(-1)[inputs.slot_mapping] = inputs.positions

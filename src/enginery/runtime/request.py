@@ -67,6 +67,11 @@ class Request:
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence has when it must end, prompt and output."""
+        return len(self.prompt_token_ids) + self.max_tokens
+
     def next_index(self) -> int:
         """A new index for a beam; beams are forked and dropped many times."""
         self.num_beams_made += 1
@@ -94,6 +99,7 @@ class Sequence:
         "num_computed",
         "num_pending",
         "order",
+        "place",
         "request",
         "row",
         "status",
@@ -113,6 +119,8 @@ class Sequence:
         """Leading tokens whose keys and values are in the cache."""
         self.num_pending = 0
         """Tokens sampled already, which are not yet on the host: 0 or 1."""
+        self.place = -1
+        """Of the pending token among the samples of the last step."""
         self.blocks: list[int] = []
         self.digests: list[bytes] = []
         """Prefix-cache digests of the leading full blocks that were published or hit."""
@@ -129,7 +137,13 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """The pending one counted in."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def is_prefilling(self) -> bool:
+        """No token has been sampled yet from the prompt of its request."""
+        return not (self.num_pending or self.request.is_prefilled)
 
     @property
     def num_output_tokens(self) -> int:

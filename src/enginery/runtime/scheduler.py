@@ -75,19 +75,24 @@ class Scheduler:
         preempted = self._schedule_running(schedule)
         if not preempted:
             self._admit(schedule)
-        if not schedule.items and self.waiting:
+        if not schedule.items and self.waiting and not any(sequence.num_pending for sequence in self.running):
             self._make_room_for_head()
             self._admit(schedule)
         return schedule
 
-    def advance(self, schedule: Schedule) -> None:
-        """The step has run: its tokens are computed, full blocks become findable."""
+    def advance(self, items: list[Scheduled]) -> None:
+        """They have been launched: whatever is launched later finds their tokens computed."""
+        for sequence, num_tokens, _, _ in items:
+            sequence.num_computed += num_tokens
+
+    def publish(self, schedule: Schedule) -> None:
+        """The step was launched: its blocks that are full of known tokens become findable."""
+        if not self.cache.enabled:
+            return
         size = self.limits.block_size
-        for sequence, num_tokens, _, _ in schedule.items:
-            if sequence.status is Status.RUNNING:
-                sequence.num_computed += num_tokens
-                if self.cache.enabled and sequence.num_computed // size > len(sequence.digests):
-                    self._publish(sequence)
+        for sequence, _, _, _ in schedule.items:
+            if sequence.status is Status.RUNNING and sequence.num_computed // size > len(sequence.digests):
+                self._publish(sequence)
 
     def _schedule_running(self, schedule: Schedule) -> bool:
         """Running sequences in order, each at least one token while the budget lasts. Says whether any was
@@ -99,7 +104,9 @@ class Scheduler:
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
             index += 1
-            num_tokens = len(sequence.token_ids) - sequence.num_computed
+            num_tokens = len(sequence.token_ids) + sequence.num_pending - sequence.num_computed
+            if sequence.num_pending and sequence.num_tokens >= sequence.request.max_length:
+                continue  # the pending token is its last
             if num_tokens > 1:
                 # Leave every later sequence its next token, so that a long prompt does not stall those that stream.
                 num_tokens = max(1, min(num_tokens, budget - (len(self.running) - index)))
@@ -119,7 +126,7 @@ class Scheduler:
         prompt_logits = self._max_prompt_logits - sum(self._prompt_logits(s, n) for s, n, _, _ in schedule.items)
         while self.waiting and schedule.num_tokens < self.limits.max_num_tokens:
             sequence = self.waiting[0]
-            if not self._has_rows_for(sequence):
+            if sequence.num_pending or not self._has_rows_for(sequence):
                 return
             if schedule.items and sequence is self._blocked and self.blocks.num_free <= self._blocked_at:
                 return
@@ -204,7 +211,7 @@ class Scheduler:
     def _publish(self, sequence: Sequence) -> None:
         size = self.limits.block_size
         digests = sequence.digests
-        for index in range(len(digests), sequence.num_computed // size):
+        for index in range(len(digests), min(sequence.num_computed, len(sequence.token_ids)) // size):
             parent = digests[-1] if digests else sequence.request.cache_root
             tokens = sequence.token_ids[index * size : (index + 1) * size]
             digests.append(self.cache.publish(parent, tokens, sequence.blocks[index]))
@@ -212,9 +219,7 @@ class Scheduler:
     def _prompt_logits(self, sequence: Sequence, num_tokens: int) -> int:
         """Rows of logits that prompt_logprobs asks of these tokens."""
         request = sequence.request
-        if not request.wants_prompt_logprobs or request.is_prefilled:
-            return 0
-        return num_tokens
+        return num_tokens if request.wants_prompt_logprobs and sequence.is_prefilling else 0
 
     def _within_prompt_logits(self, sequence: Sequence, num_tokens: int, rows: int) -> int:
         return min(num_tokens, rows) if self._prompt_logits(sequence, num_tokens) else num_tokens

@@ -1,4 +1,10 @@
-"""The serving loop: schedule, run, sample, settle."""
+"""The serving loop: schedule, run, sample, settle.
+
+Two forms of it. The plain loop does the four one after another. The overlapped loop, for engines that run beside the
+host, launches a step before it settles the one before: while the device computes, the host takes tokens to requests and
+prepares what comes next. The newest token of a sequence is then *pending*: sampled, on the device, and read there by the
+next step. A sequence that ends by its pending token is computed once too often, and that outcome is dropped.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +18,12 @@ import torch
 
 from enginery.engine.protocol import Engine
 from enginery.errors import QueueFullError, RequestError, UsageError
-from enginery.runtime.batch import Batch, LogitsPlan, PromptRows
+from enginery.runtime.batch import Batch, LogitsPlan, PromptRows, places
 from enginery.runtime.detokenizer import Tokenizer
 from enginery.runtime.intake import Intake
 from enginery.runtime.outputs import RequestOutput
-from enginery.runtime.request import Request, Sequence
-from enginery.runtime.sampler import Sampler, TopLogprobs, top_logprobs
+from enginery.runtime.request import Request, Sequence, Status
+from enginery.runtime.sampler import PendingLogprobs, Sampler, Sampling, top_logprobs
 from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams
 from enginery.runtime.scheduler import Schedule, Scheduled, Scheduler
 from enginery.runtime.settler import Ran, Settler
@@ -38,12 +44,59 @@ class SessionConfig:
     """Rows of logits per step for prompt_logprobs: bounds memory at that many times the vocabulary."""
     seed: int | None = None
     """Makes the seeds of requests without one reproducible."""
+    overlap: bool = False
+    """Prepare a step while the one before runs. Changes no result; gains where the engine does not run on the host."""
 
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 1:
             raise UsageError(f"max_waiting={self.max_waiting} admits no request", "Give at least 1, or None")
         if self.max_prompt_logits < 1:
             raise UsageError(f"max_prompt_logits={self.max_prompt_logits} is too small", "Give at least 1")
+
+
+@dataclass(slots=True)
+class Run:
+    """The engine at work on some sequences: launched and sampled, its outcome not yet on the host."""
+
+    items: list[Scheduled]
+    plan: LogitsPlan
+    sampling: Sampling | None
+    prompts: list[tuple[PromptRows, PendingLogprobs]]
+
+    def wait(self) -> Ran:
+        """Blocks until the outcome is there."""
+        samples = None if self.sampling is None else self.sampling.wait()
+        return Ran(self.items, self.plan, samples, [(rows, logprobs.wait()) for rows, logprobs in self.prompts])
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step on its way."""
+
+    schedule: Schedule
+    runs: list[Run | Ran]
+    """One, or after an error one for each sequence."""
+
+    is_foreseeable: bool
+    """Which sequences go on is known before its tokens are: nothing forks, no beam moves, nothing failed."""
+
+    @property
+    def sampled(self) -> torch.Tensor | None:
+        """`[P]` int64 on the device."""
+        run = self.runs[0] if self.runs else None
+        return run.sampling.token_ids if isinstance(run, Run) and run.sampling is not None else None
+
+    def mark_pending(self) -> None:
+        """The sequences that it samples have one token more, which the host does not know."""
+        for run in self.runs:
+            for place, sequence in enumerate(run.plan.sequences if isinstance(run, Run) else ()):
+                sequence.num_pending, sequence.place = 1, place
+
+
+def _decides(sequence: Sequence) -> bool:
+    """The sequence's next token decides which sequences there are."""
+    request = sequence.request
+    return isinstance(request.params, BeamSearchParams) or (sequence.is_prefilling and request.num_choices > 1)
 
 
 class Session:
@@ -66,6 +119,7 @@ class Session:
         self._settler = Settler(self.scheduler, self._batch, tokenizer, self._stats)
         self._requests: dict[str, Request] = {}
         self._seed = self.config.seed if self.config.seed is not None else int.from_bytes(os.urandom(8))
+        self._flight: Flight | None = None
         self._pending: list[RequestOutput] = []
 
     # ---- requests
@@ -127,7 +181,7 @@ class Session:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._pending)
+        return bool(self._requests or self._pending or self._flight)
 
     @property
     def is_full(self) -> bool:
@@ -166,11 +220,23 @@ class Session:
     # ---- the step
 
     def step(self) -> list[RequestOutput]:
-        """Advances every scheduled request; returns what is new, at most one output a request."""
+        """Advances every scheduled request; returns what is new, at most one output a request.
+
+        With `overlap`, what is new comes from the step that the call before launched.
+        """
+        before, self._flight = self._flight, None
+        if before is not None and not before.is_foreseeable:
+            return self._settle(before)
         schedule = self._schedule()
-        results = self._run_fenced(schedule)
-        outputs = self._settle(schedule, results)
-        self._stats.num_steps += 1
+        flight = self._launch(schedule, before)
+        if not self.config.overlap:
+            return self._settle(flight or self._launch_each(schedule))
+        outputs = self._settle(before)
+        if flight is None:
+            flight = self._launch_each(schedule)
+        elif flight.is_foreseeable:
+            flight.mark_pending()
+        self._flight = flight if flight.runs else None
         return outputs
 
     def stats(self) -> SessionStats:
@@ -194,62 +260,84 @@ class Session:
         self._stats.schedule_seconds += time.perf_counter() - began
         return schedule
 
-    def _run_fenced(self, schedule: Schedule) -> list[Ran]:
-        """Runs the step; if that fails, each sequence by itself, so that only those which cannot run fail.
-
-        Running again is safe: a step writes the same values to the same slots.
-        """
+    def _launch(self, schedule: Schedule, before: Flight | None) -> Flight | None:
+        """Sends a step on its way, behind `before`, whose tokens may still be pending; None if that fails."""
         if not schedule.items:
-            return []
+            return Flight(schedule, [], is_foreseeable=True)
         try:
-            return [self._run(schedule.items)]
-        except Exception as error:
-            if len(schedule.items) == 1:
-                return [Ran(schedule.items, error=error)]
-        results = []
-        for item in schedule.items:
-            try:
-                results.append(self._run([item]))
-            except Exception as error:
-                results.append(Ran([item], error=error))
-        return results
+            run = self._run(schedule.items, None if before is None else before.sampled)
+        except Exception:
+            return None
+        return Flight(schedule, [run], is_foreseeable=not any(map(_decides, run.plan.sequences)))
 
-    def _run(self, items: list[Scheduled]) -> Ran:
+    def _launch_each(self, schedule: Schedule) -> Flight:
+        """Runs a step that failed again, each sequence by itself, so that only those which cannot run fail.
+
+        Running again is safe: a step writes the same values to the same slots. No token is pending.
+        """
+        runs: list[Run | Ran] = []
+        for item in schedule.items:
+            if item.sequence.status is Status.RUNNING:
+                try:
+                    runs.append(self._run([item], None))
+                except Exception as error:
+                    runs.append(Ran([item], error=error))
+        return Flight(schedule, runs, is_foreseeable=False)
+
+    def _run(self, items: list[Scheduled], sampled: torch.Tensor | None) -> Run:
         began = time.perf_counter()
         copies = [item.copy for item in items if item.copy is not None]
-        inputs, plan = self._batch.inputs(items)
+        inputs, plan = self._batch.inputs(items, sampled)
         ready = time.perf_counter()
         if copies:
             self.engine.copy_blocks(copies)
         logits = self.engine.execute(inputs)
         ran = time.perf_counter()
-        result = self._sample(items, plan, logits)
+        run = self._sample(items, plan, logits, sampled)
+        self.scheduler.advance(items)
         self._stats.batch_seconds += ready - began
         self._stats.engine_seconds += ran - ready
         self._stats.sample_seconds += time.perf_counter() - ran
-        return result
+        return run
 
-    def _sample(self, items: list[Scheduled], plan: LogitsPlan, logits: torch.Tensor) -> Ran:
+    def _sample(
+        self, items: list[Scheduled], plan: LogitsPlan, logits: torch.Tensor, sampled: torch.Tensor | None
+    ) -> Run:
         prompts = [(rows, self._prompt_logprobs(rows, logits)) for rows in plan.prompts]
-        samples = None
+        sampling = None
         if plan.sequences:
-            samples = self._sampler.sample(logits, self._batch.sampling_inputs(plan)).wait()
-        return Ran(items, plan, samples, prompts)
+            pending = None if sampled is None else (sampled, places(plan.sequences))
+            sampling = self._sampler.sample(logits, self._batch.sampling_inputs(plan, pending))
+        return Run(items, plan, sampling, prompts)
 
-    def _prompt_logprobs(self, rows: PromptRows, logits: torch.Tensor) -> TopLogprobs:
+    def _prompt_logprobs(self, rows: PromptRows, logits: torch.Tensor) -> PendingLogprobs:
         request = rows.sequence.request
         params = request.params
         count = params.prompt_logprobs or 0 if isinstance(params, SamplingParams) else 0
         following = request.prompt_token_ids[rows.first_position + 1 : rows.first_position + 1 + rows.count]
         mine = logits[rows.first_row : rows.first_row + len(following)]
-        return top_logprobs(mine, torch.tensor(following, dtype=torch.int64), count).wait()
+        return top_logprobs(mine, torch.tensor(following, dtype=torch.int64), count)
 
-    def _settle(self, schedule: Schedule, results: list[Ran]) -> list[RequestOutput]:
-        began = time.perf_counter()
-        outputs = self._pending + self._settler.settle(schedule, results)
-        self._pending = []
+    def _settle(self, flight: Flight | None) -> list[RequestOutput]:
+        outputs, self._pending = self._pending, []
+        if flight is not None:
+            began = time.perf_counter()
+            results = [ran for run in flight.runs for ran in self._wait(run)]
+            there = time.perf_counter()
+            outputs += self._settler.settle(flight.schedule, results)
+            self._stats.num_steps += 1
+            self._stats.engine_seconds += there - began
+            self._stats.settle_seconds += time.perf_counter() - there
         for output in outputs:
             if output.finished:
                 self._requests.pop(output.request_id, None)
-        self._stats.settle_seconds += time.perf_counter() - began
         return outputs
+
+    def _wait(self, run: Run | Ran) -> list[Ran]:
+        """The outcome; if the device failed, that of each sequence."""
+        if isinstance(run, Ran):
+            return [run]
+        try:
+            return [run.wait()]
+        except Exception as error:
+            return [Ran([item], error=error) for item in run.items]

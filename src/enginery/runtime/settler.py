@@ -20,7 +20,7 @@ from enginery.runtime.stats import SessionStats
 
 @dataclass(slots=True)
 class Ran:
-    """One run of the engine, sampled; or the error that stopped it, then of one sequence."""
+    """The outcome of one run of the engine, or the error that stopped it, then of one sequence."""
 
     items: list[Scheduled]
     plan: LogitsPlan | None = None
@@ -50,9 +50,10 @@ class Settler:
         for result in results:
             if result.error is not None:
                 request = result.items[0].sequence.request
-                self.fail(request, result.error)
-                touched[request] = None
-        self._scheduler.advance(schedule)
+                if request in self.responses:
+                    self.fail(request, result.error)
+                    touched[request] = None
+        self._scheduler.publish(schedule)
         for result in results:
             for rows, logprobs in result.prompts:
                 self._store_prompt_logprobs(rows, logprobs)
@@ -89,7 +90,8 @@ class Settler:
     def _settle_samples(self, plan: LogitsPlan, samples: Samples, touched: dict[Request, None]) -> None:
         for place, sequence in enumerate(plan.sequences):
             request = sequence.request
-            touched[request] = None
+            if request not in self.responses:
+                continue  # it ended while the step was on its way
             try:
                 if place in samples.failed:
                     raise ArithmeticError("the model gave no finite logits, or every token was banned")
@@ -99,17 +101,20 @@ class Settler:
                     sequence = request.sequences[int(plan.choices[place])]
                 if sequence.status is Status.FINISHED:
                     continue
+                touched[request] = None
                 response = self.responses[request]
                 if response.search is None:
                     self._append(response, sequence, samples, place)
                 else:
                     self._extend_beam(response, sequence, samples, place)
             except Exception as error:
+                touched[request] = None
                 self.fail(request, error)
 
     def _append(self, response: Response, sequence: Sequence, samples: Samples, place: int) -> None:
         token_id = samples.token_ids[place]
         sequence.token_ids.append(token_id)
+        sequence.num_pending = 0
         self._batch.append(sequence, token_id)
         self._stats.num_generated_tokens += 1
         if sequence.token_counts is not None:
