@@ -1,4 +1,4 @@
-"""Rotary embedding (Su et al., 2021) of queries and keys, the write to the KV cache and paged attention as one operator.
+"""Rotary embedding (Su et al., 2021) of queries and keys, write to the KV cache and paged attention, as one operator.
 
 Where the rotated keys go is the kernel's business: straight to the cache, if it can.
 """

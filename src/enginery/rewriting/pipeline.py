@@ -6,7 +6,7 @@ rewritten     the batch's tables, the KV pools -> logits [logits, vocabulary] fl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -27,14 +27,24 @@ from enginery.rewriting.rules.drop_copies import DropCopies
 from enginery.rewriting.rules.drop_identities import DropIdentities
 from enginery.rewriting.rules.drop_views import DropViews
 from enginery.rewriting.rules.expand_baddbmm import ExpandBaddbmm
+from enginery.rewriting.rules.fuse_add_norm import FuseAddNorm
+from enginery.rewriting.rules.fuse_rotary import FuseRotary
+from enginery.rewriting.rules.fuse_silu_mul import FuseSiluMul
 from enginery.rewriting.rules.gather_logits import GatherEarlier, gather_output
 from enginery.rewriting.rules.group_repeated_heads import GroupRepeatedHeads
 from enginery.rewriting.rules.linear_from_matmul import BiasIntoLinear, LinearFromMatmul
+from enginery.rewriting.rules.merge_factors import MergeFactors
 from enginery.rewriting.rules.merge_parallel_linears import MergeParallelLinears
 from enginery.rewriting.rules.merge_reshapes import MergeReshapes
+from enginery.rewriting.rules.norm_into_linear import NormIntoLinear
 from enginery.rewriting.rules.pack_linears import PackLinears, PackTiedEmbedding
 from enginery.rewriting.rules.page_attention import PageAttention, open_cache
 from enginery.rewriting.rules.recognise_attention import RecogniseAttention
+from enginery.rewriting.rules.scalars_to_numbers import ScalarsToNumbers
+from enginery.rewriting.rules.scale_before_linear import ScaleBeforeLinear
+from enginery.rewriting.rules.scale_into_attention import ScaleIntoAttention
+from enginery.rewriting.rules.scale_into_embedding import ScaleIntoEmbedding
+from enginery.rewriting.rules.scale_into_linear import ScaleIntoLinear
 from enginery.rewriting.rules.sink_transposes import SinkTransposes, TransposeOfUnsqueeze
 from enginery.rewriting.rules.skinny_linears import SkinnyLinears
 from enginery.rewriting.rules.view_to_reshape import ViewToReshape
@@ -46,7 +56,8 @@ class PipelineConfig:
     disabled_rules: tuple[str, ...] = ()
     """names of rules that are left out"""
     rules: tuple[PatternRewriter, ...] = ()
-    """the user's own, run in a phase of their own before attention is paged"""
+    """the user's own, run in a phase of their own before attention is paged; a rule of the library that is off by
+    default is switched on by naming it here, and runs in its phase"""
     quantization: tuple[PatternRewriter, ...] = ()
     """rules of a quantisation scheme, in the phase after the user's own"""
     pack_linears: bool = True
@@ -58,10 +69,15 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """Rules that are applied together until none of them fits. `prepare` changes the network's borders before them."""
+    """Rules that are applied together until none of them fits. `prepare` changes the network's borders before them.
+
+    `optional` rules are off by default: right, but without a measured gain, or only where their kernels are
+    (`docs/rules.md`).
+    """
 
     name: str
     rules: tuple[type[PatternRewriter], ...] = ()
+    optional: tuple[type[PatternRewriter], ...] = ()
     prepare: Callable[[Network, PipelineConfig], None] | None = None
     wanted: Callable[[PipelineConfig], bool] = lambda config: True
 
@@ -77,14 +93,21 @@ USER_RULES = "user rules"
 QUANTISE = "quantise"
 
 PHASES: tuple[Phase, ...] = (
-    Phase("canonicalise", (*TIDY, LinearFromMatmul, BiasIntoLinear, ExpandBaddbmm)),
+    Phase("canonicalise", (*TIDY, ScalarsToNumbers, LinearFromMatmul, BiasIntoLinear, ExpandBaddbmm)),
     Phase("recognise attention", (RecogniseAttention, GroupRepeatedHeads, *TIDY)),
-    Phase("fuse", (MergeParallelLinears,)),
+    Phase(
+        "fold factors",
+        optional=(
+            ScaleIntoAttention, MergeFactors, ScaleIntoEmbedding, ScaleIntoLinear, ScaleBeforeLinear, NormIntoLinear,
+        ),
+    ),
+    Phase("fuse", (MergeParallelLinears,), optional=(FuseAddNorm, FuseSiluMul)),
     Phase(USER_RULES),
     Phase(QUANTISE),
     Phase(
         "paged attention",
         (PageAttention,),
+        optional=(FuseRotary,),
         prepare=lambda network, config: open_cache(network, config.block_size),
     ),
     Phase(
@@ -179,8 +202,13 @@ def nearest_miss(network: Network, rule: str, config: PipelineConfig | None = No
 
 
 def rule_names() -> tuple[str, ...]:
-    """The rules of all phases, each once."""
-    return tuple(dict.fromkeys(rule.__name__ for phase in PHASES for rule in phase.rules))
+    """The rules of all phases, each once, those that are off by default included."""
+    return tuple(dict.fromkeys(rule.__name__ for phase in PHASES for rule in (*phase.rules, *phase.optional)))
+
+
+def optional_rules() -> dict[str, type[PatternRewriter]]:
+    """The rules that are off by default, by name: `PipelineConfig(rules=[optional_rules()["FuseAddNorm"]()])`."""
+    return {rule.__name__: rule for phase in PHASES for rule in phase.optional}
 
 
 def _check_names(config: PipelineConfig) -> None:
@@ -194,6 +222,14 @@ def _check_names(config: PipelineConfig) -> None:
 
 
 def _manager(phase: Phase, config: PipelineConfig) -> RewritePatternManager:
-    given = {USER_RULES: config.rules, QUANTISE: config.quantization}.get(phase.name, ())
+    given = config.quantization if phase.name == QUANTISE else _asked_for(phase, config.rules)
     rules = [*(rule() for rule in phase.rules), *given]
     return RewritePatternManager(*(rule for rule in rules if type(rule).__name__ not in config.disabled_rules))
+
+
+def _asked_for(phase: Phase, rules: Sequence[PatternRewriter]) -> list[PatternRewriter]:
+    """Of the rules that a user gave, those that run in this phase."""
+    known = optional_rules().values()
+    if phase.name == USER_RULES:
+        return [rule for rule in rules if type(rule) not in known]
+    return [rule for rule in rules if type(rule) in phase.optional]
