@@ -61,7 +61,8 @@ class Engine:
         self.device = torch.device(parts.manifest.device)
         self.regions: Outline = outline(parts.network)
         self.plan: MemoryPlan = plan_memory(parts.network, self.regions, self.facts, config, self.device.type)
-        warn_of_references(TABLE.load(self.device.type))
+        used = {layer.op._opname for layer in parts.network}
+        warn_of_references([row for row in TABLE.load(self.device.type) if row.op in used])
         runs = {}
         if config.backend == "compiled":
             packages = compile_regions(self.regions, self.device.type, progress)

@@ -112,13 +112,17 @@ CPP = Candidate(
 )
 
 
-def _missing_gpu() -> str:
+def _missing_gpu(needed: tuple[int, int]) -> str:
     if not torch.cuda.is_available():
         return "no NVIDIA GPU"
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    major, minor = torch.cuda.get_device_capability()
-    return "" if major >= 8 else f"compute capability {major}.{minor}, the kernels need 8.0"
+    found = torch.cuda.get_device_capability()
+    if found < needed:
+        return "compute capability {}.{}, the kernels need {}.{}".format(*found, *needed)
+    return ""
+
+
+def _missing_triton() -> str:
+    return _missing_gpu((8, 0)) or ("" if find_spec("triton") is not None else "Triton is not installed")
 
 
 def _load_triton(_: Report | None) -> None:
@@ -132,11 +136,26 @@ def _load_triton(_: Report | None) -> None:
 TRITON = Candidate(
     name=lambda: "Triton",
     device="cuda",
-    ops=frozenset({"paged_attention"}),
-    unavailable=_missing_gpu,
+    ops=frozenset({"linear", "paged_attention"}),
+    unavailable=_missing_triton,
     load=_load_triton,
 )
 
-TABLE = KernelTable((CPP, TRITON))
 
-__all__ = ["CPP", "TABLE", "TRITON", "Candidate", "KernelTable", "Report", "Row"]
+def _load_cublas(_: Report | None) -> None:
+    from enginery.kernels.cublas import register
+
+    register()
+
+
+CUBLAS = Candidate(
+    name=lambda: "cuBLAS",
+    device="cuda",
+    ops=frozenset({"float8_linear"}),
+    unavailable=lambda: _missing_gpu((8, 9)),
+    load=_load_cublas,
+)
+
+TABLE = KernelTable((CPP, TRITON, CUBLAS))
+
+__all__ = ["CPP", "CUBLAS", "TABLE", "TRITON", "Candidate", "KernelTable", "Report", "Row"]

@@ -1,8 +1,11 @@
-"""Linear layers of 1 to 16 rows on NVIDIA GPUs: one pass over the weight at the memory's rate, for decoding.
+"""Linear layers of few rows on NVIDIA GPUs: one pass over the weight at the memory's rate, for decoding.
 
 Two kernels. *Rows* keeps products in registers and suits one to four rows; *tiles* gives blocks of weights to the
-tensor cores as the left operand, with the input padded to 16 columns. A result depends on its own row and on the tiles,
-never on the other rows. Weights may be float8 (e4m3) with a scale per output feature or per tensor.
+tensor cores as the left operand, with the input padded to 16, 32 or 64 columns. A result depends on its own row and on
+the tiles, never on the other rows. Weights may be float8 (e4m3) with a scale per output feature or per tensor.
+
+A weight never depends on the kernel that runs before, so from compute capability 9.0 on a launch overlaps with it
+(programmatic dependent launch): a program asks the L2 cache for the begin of its weights, and then waits for its input.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MAX_ROWS = 16
-"""Above this, matrix products are no longer bound by the weight's bytes alone and cuBLAS takes over."""
+H200_SHARED_MEMORY = 227 << 10
+"""Bytes that a program may have there."""
 
 
 @triton.jit
@@ -28,6 +32,25 @@ def finish(output, sums, scale, bias, features, columns, SCALES: tl.constexpr, H
     if HAS_BIAS:
         sums += tl.load(bias + columns, inside, other=0.0).to(tl.float32)[None, :]
     return sums.to(output.dtype.element_ty)
+
+
+@triton.jit
+def await_input(weight, starts, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
+    """Until the kernel before has ended and its writes are seen, the first AHEAD depths of the rows at `starts` come."""
+    gdc_launch_dependents()
+    # One piece for each of 128 threads, whole multiples of 16 bytes.
+    PIECES: tl.constexpr = max(1, 128 // BLOCK_N)
+    ITEMSIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    PIECE: tl.constexpr = AHEAD * ITEMSIZE // PIECES // 16 * 16
+    if PIECE > 0:
+        offsets = tl.arange(0, PIECES) * (PIECE // ITEMSIZE)
+        addresses = (weight + starts[:, None] + offsets[None, :]).to(tl.int64, bitcast=True)
+        sizes = tl.full([BLOCK_N, PIECES], PIECE, tl.int32)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [addresses, sizes],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    gdc_wait()
 
 
 @triton.jit
@@ -49,13 +72,15 @@ def load_depths(
 def linear_rows(
     input, weight, scale, bias, output, rows, features, input_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_N output features: products in float32 registers, summed over the depth at the end."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Features past the end repeat the last one; they are not stored.
     source = tl.minimum(columns, features - 1).to(tl.int64) * DEPTH
     row = tl.arange(0, ROWS)
+    if OVERLAP:
+        await_input(weight, source, BLOCK_N, AHEAD)
     sums = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         depth = first + tl.arange(0, BLOCK_K)
@@ -71,12 +96,15 @@ def linear_rows(
 def linear_tiles(
     input, weight, scale, bias, output, rows, features, input_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_N output features: (weights · inputsᵀ)ᵀ, the weights on the long side of the tile."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = tl.minimum(columns, features - 1).to(tl.int64) * DEPTH
     row = tl.arange(0, ROWS)
+    if OVERLAP:
+        await_input(weight, source, BLOCK_N, AHEAD)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         depth = first + tl.arange(0, BLOCK_K)
@@ -98,19 +126,51 @@ class Tiles:
     num_warps: int
     num_stages: int
 
+    @property
+    def ahead(self) -> int:
+        """Depths that the pipeline asks for first."""
+        return self.num_stages * self.block_k
 
-def choose_tiles(rows: int, features: int, itemsize: int = 2) -> Tiles:
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a launch depends on: bytes of shared memory a program may have, and whether launches can overlap."""
+
+    shared_memory: int
+    overlap: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        if device.type != "cuda":
+            return cls(H200_SHARED_MEMORY, False)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.shared_memory_per_block_optin, properties.major >= 9)
+
+
+def most_rows(features: int) -> int:
+    """Above this, cuBLAS is taken: it streams a large weight as fast, and more rows are not bound by it alone."""
+    return 32 if features <= 8192 else 16
+
+
+def choose_tiles(rows: int, features: int, itemsize: int = 2, shared_memory: int = H200_SHARED_MEMORY) -> Tiles:
     """The fastest tiles found on an H200 (`benchmarks/gpu_kernels.py --tune`). `itemsize`: bytes of a weight.
 
-    A program of 64 features streams its weights through stages of 16 KiB. The fewer programs there are for a
-    multiprocessor, the more stages each needs to keep the memory busy. float8 weights are bound by their conversion.
+    A program of 64 features streams its weights through stages of 16 KiB, and its rows through stages of 4 KiB for
+    every 16. The fewer programs there are for a multiprocessor, the more stages each needs to keep the memory busy.
+    float8 weights are bound by their conversion.
     """
     if itemsize == 1:
         return Tiles("rows", 8, 512, 4, 4) if rows == 1 else Tiles("tiles", 64, 128, 4, 8)
     if rows == 1 and features <= 4096:
         return Tiles("rows", 8, 1024 // itemsize, 4, 3)
     stages = 8 if features <= 4096 else 6 if features <= 8192 else 4
-    return Tiles("tiles", 64, 256 // itemsize, 4, stages)
+    fitting = shared_memory // ((64 + padded(rows)) * 256)
+    return Tiles("tiles", 64, 256 // itemsize, 4, max(2, min(stages, fitting)))
+
+
+def padded(rows: int) -> int:
+    """Columns of a tile: powers of two, from the least that the tensor cores take."""
+    return max(16, triton.next_power_of_2(rows))
 
 
 def skinny_linear(
@@ -119,16 +179,22 @@ def skinny_linear(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     tiles: Tiles | None = None,
+    overlap: bool | None = None,
+    ahead: int | None = None,
 ) -> torch.Tensor:
-    """input `[M, K]`, M ≤ 16; weight `[N, K]` -> input · (weight · scale)ᵀ + bias `[N]`, `[M, N]`, summed in float32.
+    """input `[M, K]`, M ≤ 64; weight `[N, K]` -> input · (weight · scale)ᵀ + bias `[N]`, `[M, N]`, summed in float32.
 
-    The weight is contiguous and of the input's dtype, or float8_e4m3fn with a float32 scale `[1]` or `[N]`.
+    The weight is contiguous and of the input's dtype, or float8_e4m3fn with a float32 scale `[1]` or `[N]`. With
+    `overlap` (None: where the GPU can) the kernel before must not write it; `ahead`: depths of it that are asked for
+    meanwhile.
     """
     rows, depth = input.shape
     features = weight.shape[0]
     input = input if input.stride(1) == 1 else input.contiguous()
     output = input.new_empty(rows, features)
-    tiles = tiles or choose_tiles(rows, features, weight.element_size())
+    gpu = Gpu.of(input.device)
+    tiles = tiles or choose_tiles(rows, features, weight.element_size(), gpu.shared_memory)
+    overlap = gpu.overlap if overlap is None else overlap
     common = {
         "DEPTH": depth,
         "BLOCK_N": tiles.block_n,
@@ -136,24 +202,36 @@ def skinny_linear(
         "STAGES": tiles.num_stages,
         "SCALES": 0 if scale is None else scale.numel(),
         "HAS_BIAS": bias is not None,
+        "OVERLAP": overlap,
+        "AHEAD": prefetched(weight, tiles.ahead if ahead is None else ahead) if overlap else 0,
         "num_warps": tiles.num_warps,
+        "launch_pdl": overlap,
     }
     # A kernel needs a pointer where there is no scale or bias, too; it is never followed.
     arguments = (input, weight, input if scale is None else scale, input if bias is None else bias, output)
     grid = (triton.cdiv(features, tiles.block_n),)
     if tiles.kernel == "rows":
-        padded = triton.next_power_of_2(rows)
-        linear_rows[grid](*arguments, rows, features, input.stride(0), ROWS=padded, **common)
+        power = triton.next_power_of_2(rows)
+        linear_rows[grid](*arguments, rows, features, input.stride(0), ROWS=power, **common)
     else:
         precision = "ieee" if input.dtype == torch.float32 else "tf32"
-        linear_tiles[grid](*arguments, rows, features, input.stride(0), ROWS=MAX_ROWS, PRECISION=precision, **common)
+        columns = padded(rows)
+        linear_tiles[grid](*arguments, rows, features, input.stride(0), ROWS=columns, PRECISION=precision, **common)
     return output
 
 
+def prefetched(weight: torch.Tensor, ahead: int) -> int:
+    """Depths that one prefetch of each row can bring: whole multiples of 16 bytes from an aligned begin."""
+    row = weight.shape[1] * weight.element_size()
+    if row % 16 or weight.data_ptr() % 16:
+        return 0
+    return min(ahead, weight.shape[1])
+
+
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear` for any leading shape; few rows of 16 bits go to our kernels, others to cuBLAS."""
+    """The contract of `enginery::linear`. Few rows of 16 bits go to the kernels of this file, others to cuBLAS."""
     rows = input.numel() // input.shape[-1] if input.shape[-1] else 0
-    skinny = 0 < rows <= MAX_ROWS and input.element_size() == 2 and input.dtype == weight.dtype
+    skinny = 0 < rows <= most_rows(weight.shape[0]) and input.element_size() == 2 and input.dtype == weight.dtype
     if not skinny or not weight.is_contiguous():
         return torch.nn.functional.linear(input, weight, bias)
     return skinny_linear(input.reshape(rows, -1), weight, bias).view(*input.shape[:-1], -1)

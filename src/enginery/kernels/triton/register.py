@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from enginery.kernels.triton.linear import linear
 from enginery.kernels.triton.paged_attention import paged_attention
 from enginery.ops import NAMESPACE
 
@@ -13,4 +14,5 @@ _LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
 
 def register() -> None:
     """To be called once in a process."""
+    _LIBRARY.impl("linear", linear, "CUDA")
     _LIBRARY.impl("paged_attention", paged_attention, "CUDA")
