@@ -214,11 +214,15 @@ def optional_rules() -> dict[str, type[PatternRewriter]]:
 def _check_names(config: PipelineConfig) -> None:
     known = (*rule_names(), *(type(rule).__name__ for rule in (*config.rules, *config.quantization)))
     for name in config.disabled_rules:
-        if name not in known:
-            near = get_close_matches(name, known, n=3, cutoff=0.4)
-            raise UsageError(
-                f"no rule is named {name!r}", f"Near: {', '.join(near)}" if near else f"Rules: {', '.join(known)}"
-            )
+        check_rule_name(name, known)
+
+
+def check_rule_name(name: str, known: Sequence[str]) -> None:
+    """Raises UsageError with the nearest names if it is none of those that are known."""
+    if name not in known:
+        near = get_close_matches(name, known, n=3, cutoff=0.4)
+        fix = f"Near: {', '.join(near)}" if near else f"Rules: {', '.join(known)}"
+        raise UsageError(f"no rule is named {name!r}", fix)
 
 
 def _manager(phase: Phase, config: PipelineConfig) -> RewritePatternManager:
