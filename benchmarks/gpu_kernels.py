@@ -1,10 +1,11 @@
 """How near do the GPU kernels come to the memory's and the matrix units' rate, and to cuDNN and cuBLAS?
 
-    python benchmarks/gpu_kernels.py [--tune] [--write]
+    python benchmarks/gpu_kernels.py [--linear] [--tune] [--write]
 
 The shapes are those of Llama-3.1-8B (32 query heads, 8 KV heads of 128, hidden 4096, intermediate 14336, vocabulary
 128256) in bfloat16. A time is the median over replays of a CUDA graph that holds several calls on different data, so
 that nothing is left in the L2 cache from one call to the next. `--tune` also times the candidates of all tile choices.
+`--linear` times the projections alone, one by one and in a chain in which each reads what the one before wrote.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ PROJECTIONS = {
     "head": (128256, 4096),
 }
 ROWS = (1, 2, 4, 8, 16)
+LINEAR_ROWS = (1, 8, 16, 32, 64)
+LAYER = ("qkv", "o", "gate_up", "down")
 L2_BYTES = 60 << 20
 
 
@@ -206,16 +209,18 @@ def linear_candidates(rows: int, itemsize: int) -> list[Tiles]:
 
 @dataclass(frozen=True)
 class LinearJob:
-    """What decides a compilation: the tiles, the padded rows, the depth, and whether the weight is float8."""
+    """What decides a compilation: tiles, padded rows, depth, whether the weight is float8, and how launches overlap."""
 
     tiles: Tiles
     rows: int
     depth: int
-    narrow: bool
+    narrow: bool = False
+    overlap: bool = False
+    ahead: int | None = None
 
     @classmethod
     def of(cls, tiles: Tiles, rows: int, depth: int, narrow: bool) -> LinearJob:
-        return cls(tiles, rows if tiles.kernel == "rows" else linear.MAX_ROWS, depth, narrow)
+        return cls(tiles, rows if tiles.kernel == "rows" else linear.padded(rows), depth, narrow)
 
 
 def compile_one(job: LaunchPlan | LinearJob) -> str:
@@ -229,7 +234,8 @@ def compile_one(job: LaunchPlan | LinearJob) -> str:
             weight, scale = make(64, job.depth), None
             if job.narrow:
                 weight, scale = weight.to(torch.float8_e4m3fn), torch.ones(64, device="cuda")
-            linear.skinny_linear(make(job.rows, job.depth), weight, scale=scale, tiles=job.tiles)
+            function = partial(linear.skinny_linear, tiles=job.tiles, overlap=job.overlap, ahead=job.ahead)
+            function(make(job.rows, job.depth), weight, scale=scale)
         torch.cuda.synchronize()
     except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
         return f"{job}: {str(error).splitlines()[0]}"
@@ -310,18 +316,85 @@ def layer(rows: int, context: int, function: Callable, *, overlap: bool, layers:
     return seconds([partial(run, index) for index in range(layers)]) * 1e6
 
 
+def ways(tiles: Tiles | None = None) -> dict[str, Callable]:
+    """Our linear, as far as launches overlap: not at all; by waiting for the input only; with weights asked for."""
+    ours = partial(linear.skinny_linear, tiles=tiles)
+    return {
+        "ours": partial(ours, overlap=False),
+        "overlap": partial(ours, overlap=True, ahead=0),
+        "overlap, ahead": partial(ours, overlap=True),
+    }
+
+
+def wide_candidates(rows: int) -> list[Tiles]:
+    """For more than 16 rows: what is taken up to 16, and wider or shallower tiles that fit into shared memory."""
+    if rows <= 16:
+        return []
+    shapes = [(64, 128, 4, 8), (64, 128, 4, 6), (64, 128, 4, 4), (64, 64, 4, 12), (64, 64, 4, 8), (128, 64, 8, 6)]
+    fits = [shape for shape in shapes if (shape[0] + rows) * shape[1] * 2 * shape[3] <= linear.H200_SHARED_MEMORY]
+    return [Tiles("tiles", *shape) for shape in fits]
+
+
+def compare_linears(workers: int) -> dict:
+    """Microseconds of each projection, and of a layer's four in a chain: cuBLAS, ours, ours that overlap."""
+    cases = list(itertools.product(PROJECTIONS, LINEAR_ROWS))
+    jobs = dict.fromkeys(job for name, rows in cases for job in linear_jobs(rows, *PROJECTIONS[name]))
+    good = set(compile_all(list(jobs), workers))
+    results: dict = {}
+    for name, rows in cases:
+        features, depth = PROJECTIONS[name]
+        weights = weights_for(features, depth)
+        run = {"cublas": torch.nn.functional.linear, **ways()}
+        times: dict = {way: microseconds(weights, rows, function) for way, function in run.items()}
+        usable = [tiles for tiles in wide_candidates(rows) if LinearJob.of(tiles, rows, depth, False) in good]
+        others = {tiles: microseconds(weights, rows, ways(tiles)["ours"]) for tiles in usable}
+        for tiles in sorted(others, key=lambda tiles: others[tiles])[:1]:
+            times |= {"best": others[tiles], "tiles": (tiles.block_n, tiles.block_k, tiles.num_warps, tiles.num_stages)}
+        results[f"{name} {rows} rows, us"] = times
+    for rows in LINEAR_ROWS:
+        run = {"cublas": torch.nn.functional.linear, **ways(), "enginery::linear": linear.linear}
+        results[f"chain {rows} rows, us"] = {way: chain(rows, function) for way, function in run.items()}
+    return results
+
+
+def linear_jobs(rows: int, features: int, depth: int) -> Iterable[LinearJob]:
+    """What `compare_linears` runs on one shape."""
+    job = LinearJob.of(linear.choose_tiles(rows, features), rows, depth, False)
+    yield from (job, replace(job, overlap=True, ahead=0), replace(job, overlap=True))
+    yield from (LinearJob.of(tiles, rows, depth, False) for tiles in wide_candidates(rows))
+
+
+def microseconds(weights: list[torch.Tensor], rows: int, function: Callable) -> float:
+    input = torch.randn(rows, weights[0].shape[1], device="cuda", dtype=torch.bfloat16)
+    return seconds([partial(function, input, weight) for weight in weights]) * 1e6
+
+
+def chain(rows: int, function: Callable, layers: int = 6) -> float:
+    """Microseconds of a layer's four projections, each of the last one's output, or as much of it as it takes."""
+    make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    shapes = [PROJECTIONS[name] for name in LAYER]
+    weights = [[make(shape) / shape[1] ** 0.5 for shape in shapes] for _ in range(layers)]
+    input = make(rows, shapes[0][1])
+
+    def run(layer: list[torch.Tensor]) -> None:
+        hidden = input
+        for weight in layer:
+            hidden = function(hidden[:, : weight.shape[1]], weight)
+
+    return seconds([partial(run, layer) for layer in weights]) * 1e6
+
+
 def compare_layers() -> dict:
     """Microseconds per layer, with cuBLAS, with our projections, and with launches that overlap."""
 
-    ours = linear.skinny_linear
-    ways: dict[str, tuple[Callable, bool]] = {
+    run: dict[str, tuple[Callable, bool]] = {
         "cublas": (torch.nn.functional.linear, False),
-        "ours": (ours, False),
-        "ours, overlapped": (ours, True),
+        "ours": (ways()["ours"], False),
+        "ours, overlapped": (ways()["overlap, ahead"], True),
     }
     return {
         f"layer {rows} x {context}, us": {
-            name: layer(rows, context, way, overlap=on) for name, (way, on) in ways.items()
+            name: layer(rows, context, way, overlap=on) for name, (way, on) in run.items()
         }
         for rows, context in ((1, 128), (1, 8192), (16, 1024))
     }
@@ -363,10 +436,14 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time all candidates, too; the six best of each are kept")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile candidates (default: 8)")
     parser.add_argument("--compile", action="store_true", help="only compile the candidates, for a later --tune")
+    parser.add_argument("--linear", action="store_true", help="only the projections, in microseconds")
     parser.add_argument("--write", action="store_true", help="keep the record in benchmarks/results/")
     options = parser.parse_args()
     if options.compile:
         compile_all(candidates(), options.workers)
+        return
+    if options.linear:
+        record("gpu_linears", compare_linears(options.workers), write=options.write)
         return
     limit = read_bandwidth()
     measured = measure()

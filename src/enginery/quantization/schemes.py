@@ -11,7 +11,7 @@ from types import MappingProxyType
 class Float8:
     """float8_e4m3fn for weights and activations: 3 bits of mantissa, the largest number is 448.
 
-    Activations are scaled per token, when they are known; weights per output channel, or per tensor, when they are bound.
+    Activations are scaled per token, in each step; weights per output channel, or per tensor, when they are bound.
     """
 
     per_channel: bool = True

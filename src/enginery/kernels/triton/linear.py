@@ -36,7 +36,7 @@ def finish(output, sums, scale, bias, features, columns, SCALES: tl.constexpr, H
 
 @triton.jit
 def await_input(weight, starts, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
-    """Until the kernel before has ended and its writes are seen, the first AHEAD depths of the rows at `starts` come."""
+    """Asks for the first AHEAD depths of the rows at `starts`, then waits until the kernel before has ended."""
     gdc_launch_dependents()
     # One piece for each of 128 threads, whole multiples of 16 bytes.
     PIECES: tl.constexpr = max(1, 128 // BLOCK_N)
@@ -153,11 +153,11 @@ def most_rows(features: int) -> int:
 
 
 def choose_tiles(rows: int, features: int, itemsize: int = 2, shared_memory: int = H200_SHARED_MEMORY) -> Tiles:
-    """The fastest tiles found on an H200 (`benchmarks/gpu_kernels.py --tune`). `itemsize`: bytes of a weight.
+    """The fastest tiles found on an H200, for up to 16 rows (`benchmarks/gpu_kernels.py --tune`).
 
     A program of 64 features streams its weights through stages of 16 KiB, and its rows through stages of 4 KiB for
     every 16. The fewer programs there are for a multiprocessor, the more stages each needs to keep the memory busy.
-    float8 weights are bound by their conversion.
+    float8 weights (`itemsize`: bytes of a number) are bound by their conversion.
     """
     if itemsize == 1:
         return Tiles("rows", 8, 512, 4, 4) if rows == 1 else Tiles("tiles", 64, 128, 4, 8)
