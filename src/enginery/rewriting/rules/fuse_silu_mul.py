@@ -8,20 +8,22 @@ import torch
 from torch.nn import functional as F
 
 from enginery import ops
-from enginery.network import Tensor
-from enginery.rewriting.pattern import OneOf, Scalar, Var
+from enginery.rewriting.pattern import Var
 from enginery.rewriting.rule import MatchFailure, PatternRewriter
 
 aten = torch.ops.aten
 
+HALVING = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+
 
 class FuseSiluMul(PatternRewriter):
-    parts = aten.split_with_sizes.default(Var("gate_up"), Scalar("sizes"), Scalar("dim"))
-    halves = aten.chunk.default(Var("gate_up"), 2, Scalar("dim"))
-    pattern = OneOf(F.silu(parts[0]) * parts[1], F.silu(halves[0]) * halves[1])
+    pattern = F.silu(Var("gate")) * Var("up")
 
-    def rewrite(self, gate_up: Tensor, dim: int, sizes: tuple[int, ...] | None) -> Any:
-        width = gate_up.shape[-1]
-        if dim % gate_up.rank != gate_up.rank - 1 or (sizes is not None and sizes != (sizes[0],) * 2) or width % 2:
-            raise MatchFailure("gate and up are not the halves of one tensor")
-        return ops.silu_mul(gate_up)
+    def rewrite(self, gate: Any, up: Any) -> Any:
+        parts = gate.parent
+        if parts is None or parts is not up.parent or parts.op not in HALVING or parts.outputs != (gate, up):
+            raise MatchFailure("gate and up are not the two parts of one tensor, in this order")
+        joined = parts.inputs[0]
+        if parts.arguments["dim"] % joined.rank != joined.rank - 1 or gate.shape != up.shape:
+            raise MatchFailure("gate and up are not the halves of the features")
+        return ops.silu_mul(joined)
