@@ -15,6 +15,7 @@
         ├── RewriteError                    carries .rule and .layer
         │   └── RewriteLimitError           rules keep firing
         └── StepError                       one step of an engine failed
+            └── DeviceError                 the GPU is lost; the engine runs no further step
 
 The text of an error is one line: the cause, then the fix with the flag that applies it.
 """
@@ -92,6 +93,10 @@ class RewriteLimitError(RewriteError):
 
 class StepError(EngineError):
     pass
+
+
+class DeviceError(StepError):
+    """Every later call of this process to the device fails, too."""
 
 
 class EngineryWarning(RuntimeWarning):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from enginery.errors import UsageError
+from enginery.engine import gpu
+from enginery.errors import EngineryWarning, UsageError
 from enginery.quantization.schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -74,13 +76,17 @@ class BuildConfig:
         return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
     def resolved_device(self) -> str:
-        """ "cpu" or "cuda". Raises UsageError where cuda is asked for and there is none."""
-        import torch
-
-        available = torch.cuda.is_available()
-        if self.device == "cuda" and not available:
-            raise UsageError("torch finds no CUDA device", "Use --device cpu")
-        return ("cuda" if available else "cpu") if self.device == "auto" else self.device
+        """ "cpu" or "cuda". Raises UsageError where cuda is asked for and cannot be used; "auto" says why it is not."""
+        if self.device == "cpu":
+            return "cpu"
+        missing = gpu.obstacle(self.backend)
+        if missing is None:
+            return "cuda"
+        if self.device == "cuda":
+            raise UsageError(missing.cause, missing.fix)
+        if missing.has_gpu:
+            warnings.warn(f"the GPU is not used: {missing.cause}. {missing.fix}", EngineryWarning, stacklevel=2)
+        return "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """Values of JSON types; a rule is given by its qualified name."""
