@@ -143,14 +143,14 @@ class DtypeAudit:
         ]
         if self.wide:
             rows = [
-                (fact.path or "(network)", _name(fact.dtype), _reasons(fact), str(fact.layers)) for fact in self.wide
+                (fact.path or ".", _name(fact.dtype), _reasons(fact), str(fact.layers)) for fact in self.wide
             ]
             lines += columns(("computes wider", "in", "because", "layers"), rows, left=3)
         for trip, count in self.round_trips.items():
             what = (
                 "casts that cancel" if trip.is_exact else f"values rounded to {_name(trip.through)} and widened again"
             )
-            lines.append(f"{trip.path or '(network)'}: {count} × {what}")
+            lines.append(f"{trip.path or '.'}: {count} × {what}")
         return "\n".join(lines)
 
 

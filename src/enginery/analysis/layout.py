@@ -1,6 +1,7 @@
 """Shapes and memory of a network's values in one step.
 
-Views are run on tensors without data, so torch says what aliases what. A layer whose result lies in the memory of its input moves nothing; a reshape that cannot be a view is a copy and does.
+Views are run on tensors without data, so torch says what aliases what. A layer whose result lies in the memory of its
+input moves nothing; a reshape that cannot be a view is a copy and does.
 """
 
 from __future__ import annotations

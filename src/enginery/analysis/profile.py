@@ -23,11 +23,24 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of a larger network, such as an engine's region, that is run `count` times in a step."""
+
+    name: str = ""
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.name} × {self.count}" if self.count > 1 else self.name
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class Row:
     """A kernel that runs `count` times: one layer, or a chain that can be fused. Costs are those of one run."""
 
-    part: str
-    """of the network, such as a region of an engine; empty: the whole"""
+    part: Part
     path: str
     """of its module, with `*` for the numbers of repeated ones"""
     ops: tuple[str, ...]
@@ -52,7 +65,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         costs = {"cost": _cost_json(self.cost), "unfused_bytes": self.apart.bytes, "saved_bytes": self.saved}
         times = {"roofline_seconds": self.seconds, "bound": self.bound}
-        return {"part": self.part, "layer": self.path, "ops": self.ops, "count": self.count, **costs, **times}
+        return {"part": self.part.name, "layer": self.path, "ops": self.ops, "count": self.count, **costs, **times}
 
 
 @dataclass(frozen=True)
@@ -91,12 +104,12 @@ class Profile:
         return self.step.tokens / self.seconds if self.seconds else 0.0
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def parts(self) -> tuple[Part, ...]:
         return tuple(dict.fromkeys(row.part for row in self.rows))
 
-    def part(self, name: str) -> Profile:
-        """The rows of one part."""
-        return replace(self, rows=tuple(row for row in self.rows if row.part == name))
+    def of_part(self, part: Part) -> Profile:
+        """Of all runs of one part."""
+        return replace(self, rows=tuple(row for row in self.rows if row.part == part))
 
     def to_json(self) -> dict[str, Any]:
         device = {
@@ -123,15 +136,15 @@ class Profile:
     def _cells(self) -> Iterable[tuple[str, ...]]:
         for part in self.parts:
             rows = [row for row in self.rows if row.part == part]
-            if part:
-                yield (part, *[""] * (len(_COLUMNS) - 1))
-            yield from (self._cell(row, indent="  " if part else "") for row in rows)
+            if part.name:
+                yield (str(part), *[""] * (len(_COLUMNS) - 1))
+            yield from (self._cell(row, indent="  " if part.name else "") for row in rows)
 
     def _cell(self, row: Row, indent: str) -> tuple[str, ...]:
         cost = row.total
         share = 100 * row.seconds * row.count / self.seconds if self.seconds else 0.0
         return (
-            f"{indent}{row.path or '(network)'}", _short(row.ops), str(row.count), si(cost.flops),
+            f"{indent}{row.path or '.'}", _short(row.ops), str(row.count), si(cost.flops),
             si(cost.weights, "B"), si(cost.activations, "B"), si(cost.kv, "B"), f"{cost.intensity:.2f}", row.bound,
             si(row.seconds * row.count, "s"), f"{share:.1f}", si(row.saved, "B") if row.saved else "",
         )  # fmt: skip
@@ -155,12 +168,12 @@ _COLUMNS = (
 
 
 def profile(
-    network: Network, step: Step, device: Device, *, weights: Iterable[Tensor] = (), part: str = "", count: int = 1
+    network: Network, step: Step, device: Device, *, weights: Iterable[Tensor] = (), part: Part = WHOLE
 ) -> Profile:
     """What a step of the network costs on a device.
 
-    `weights`, `part` and `count` are for parts of a larger network, such as an engine's regions: inputs that hold
-    weights, a name for the rows, and how often the part is run. Raises UsageError where a symbolic size has no value.
+    `weights` and `part` are for pieces of a larger network: its inputs that hold weights, and what to call it. Raises
+    UsageError where a symbolic size has no value.
     """
     analyzer = CostAnalyzer(network, step, weights)
     costs = analyzer.run(network)
@@ -168,8 +181,8 @@ def profile(
     unknown = Counter(operator_name(each.layer.op) for each in costs if not each.has_rule and not each.is_folded)
     folded = sum((each.cost for each in costs if each.is_folded), Cost())
     return Profile(
-        step, device, _grouped([_row(chain, device, part, count) for chain in chains]), folded,
-        tuple((name, number * count) for name, number in unknown.items()),
+        step, device, _grouped([_row(chain, device, part) for chain in chains]), folded,
+        tuple((name, number * part.count) for name, number in unknown.items()),
     )  # fmt: skip
 
 
@@ -188,12 +201,12 @@ def without_numbers(path: str) -> str:
     return _NUMBER.sub("*", path)
 
 
-def _row(chain: Chain, device: Device, part: str, count: int) -> Row:
+def _row(chain: Chain, device: Device, part: Part) -> Row:
     seconds = device.seconds(chain.flops, chain.cost.bytes)
     is_compute = device.compute_seconds(chain.flops) * device.bandwidth > chain.cost.bytes
     ops = tuple(signature(each.layer.op).short_name for each in chain.layers)
     bound = "compute" if is_compute else "memory"
-    return Row(part, without_numbers(chain.path), ops, count, chain.cost, chain.apart, seconds, bound)
+    return Row(part, without_numbers(chain.path), ops, part.count, chain.cost, chain.apart, seconds, bound)
 
 
 def _grouped(rows: Iterable[Row]) -> tuple[Row, ...]:

@@ -59,7 +59,7 @@ class Step:
         yield self.sequences - more, each
 
     def __str__(self) -> str:
-        return f"{self.tokens} new tokens of {self.sequences} sequences, {self.context} tokens of context each"
+        return f"step of tokens {self.tokens:,}, sequences {self.sequences:,}, context {self.context:,}"
 
 
 def visible_pairs(queries: int, context: int, window: int | None) -> int:

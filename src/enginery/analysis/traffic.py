@@ -1,6 +1,7 @@
 """Bytes that a layer reads and writes, by tensor.
 
-A layer reads each value once, as a kernel with a perfect cache would. A view moves nothing itself; who reads it reads its part of the value that it lies in.
+A layer reads each value once, as a kernel with a perfect cache would. A view moves nothing itself; who reads it reads
+its part of the value that it lies in.
 """
 
 from __future__ import annotations

@@ -1,17 +1,28 @@
-"""`enginery inspect [MODEL]`: what would happen, before anything is loaded."""
+"""`enginery inspect [MODEL]`: what would happen, before anything is loaded; with `--profile`, what a step costs."""
 
 from __future__ import annotations
 
 import typer
 
-from enginery.cli.options import EngineOptions, Json, Model, takes
+from enginery.cli.options import Json, Model, takes
 from enginery.cli.output import print_json, print_table
+from enginery.cli.profile import InspectOptions, profile_model, show
 from enginery.cli.units import format_bytes
 
 
-@takes(EngineOptions)
-def inspect(options: EngineOptions, model: Model = None, as_json: Json = False) -> None:
-    """Format, support, memory plan and regions of a checkpoint or an engine. No weight is read."""
+@takes(InspectOptions)
+def inspect(options: InspectOptions, model: Model = None, as_json: Json = False) -> None:
+    """Format, support, memory plan and regions of a checkpoint or an engine. No weight is read.
+
+    With --profile: FLOPs, bytes and roofline time of a step, layer by layer; with --measure also what its regions take.
+    """
+    if options.profile or options.measure:
+        profiled = profile_model(model, options)
+        if as_json:
+            print_json(profiled.to_json())
+        else:
+            show(profiled)
+        return
     from enginery.llm import inspect_model
 
     found = inspect_model(model, **options.arguments())
