@@ -25,7 +25,9 @@ from enginery.engine.engine import Engine
 from enginery.engine.manifest import Facts, Manifest
 from enginery.engine.memory import MemoryPlan, plan_memory
 from enginery.engine.regions import outline
-from enginery.errors import RequestError, UsageError
+from enginery.errors import RequestError, UnsupportedError, UsageError
+from enginery.rewriting.isolation import check_tokens_apart
+from enginery.rewriting.pipeline import apply_phases
 from enginery.rewriting.pipeline import nearest_miss as explain_rule
 from enginery.runtime.outputs import RequestOutput
 from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from enginery.frontends.huggingface import Imported
     from enginery.network import Network
     from enginery.rewriting.explain import Miss
-    from enginery.rewriting.pipeline import PipelineReport
+    from enginery.rewriting.pipeline import PipelineConfig, PipelineReport
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "enginery-6m"
 CARRIED_FILES = (
@@ -119,11 +121,38 @@ def import_network(checkpoint: Checkpoint, config: BuildConfig) -> Imported:
     return import_checkpoint(checkpoint, dtype=config.torch_dtype)
 
 
-def nearest_miss(model: str | Path | None, rule: str, **settings: Any) -> Miss | None:
-    """Why a rule of the phases does not fit the network that its phase finds; None if it does."""
+@dataclasses.dataclass(frozen=True)
+class Rewriting:
+    """A checkpoint's network as it was imported and behind all phases, and what they did."""
+
+    title: str
+    imported: Network
+    network: Network
+    report: PipelineReport
+    obstacle: str
+    """why no engine can run the network; empty if one can"""
+    _config: PipelineConfig
+
+    def nearest_miss(self, rule: str) -> Miss | None:
+        """Why a rule of the phases does not fit the network that its phase finds; None if it does."""
+        return explain_rule(self.imported.copy(), rule, self._config)
+
+
+def rewriting_of(model: str | Path | None = None, **settings: Any) -> Rewriting:
+    """What the phases do to the network of a checkpoint. No weight is read. `settings` are fields of `BuildConfig`."""
+    if model is not None and is_engine(Path(model)):
+        fix = f"Give the checkpoint; the engine's own network is {Path(model) / 'network.txt'}"
+        raise UsageError(f"{model} is an engine: its phases have run", fix)
     config = BuildConfig(**settings)
-    imported = import_network(Checkpoint.open(BUNDLED_MODEL if model is None else model), config)
-    return explain_rule(imported.network, rule, pipeline_config(config))
+    checkpoint = Checkpoint.open(BUNDLED_MODEL if model is None else model)
+    network, phases = import_network(checkpoint, config).network, pipeline_config(config)
+    imported = network.copy()
+    report, obstacle = apply_phases(network, phases), ""
+    try:
+        check_tokens_apart(network)
+    except UnsupportedError as error:
+        obstacle = str(error)
+    return Rewriting(checkpoint.directory.name, imported, network, report, obstacle, phases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,14 +200,6 @@ def step_network(model: str | Path | None = None, **settings: Any) -> tuple[Netw
         return artifact.network, artifact.manifest
     prepared = prepare(import_network(Checkpoint.open(BUNDLED_MODEL if model is None else model), config), config)
     return prepared.parts.network, prepared.manifest
-
-
-def rewritten_network(model: str | Path | None = None, **settings: Any) -> tuple[Network, PipelineReport]:
-    """The network of a checkpoint behind all phases, and what they did. No weight is read."""
-    config = BuildConfig(**settings)
-    imported = import_network(Checkpoint.open(BUNDLED_MODEL if model is None else model), config)
-    report = prepare(imported, config).phases
-    return imported.network, report
 
 
 def cached_engine(checkpoint: Checkpoint, config: BuildConfig) -> Path:
@@ -255,7 +276,8 @@ class LLM:
         has_tokenizer = (opened.directory / "tokenizer.json").is_file()
         self.tokenizer = Tokenizer.from_directory(opened.directory) if has_tokenizer else None
         eos = self.engine.facts.eos_token_ids
-        session = SessionConfig(eos_token_ids=eos, prefix_caching=prefix_caching, seed=seed)
+        overlap = self.engine.device.type != "cpu"
+        session = SessionConfig(eos_token_ids=eos, prefix_caching=prefix_caching, seed=seed, overlap=overlap)
         self.session = Session(self.engine, self.tokenizer, session)
         self.default_params = _default_params(opened.directory)
 

@@ -6,7 +6,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,24 @@ import torch
 from enginery import env
 from enginery.engine.artifact import Artifact, open_artifact
 from enginery.engine.code_cache import CodeCache, fingerprint
-from enginery.engine.compile import Compilation, load
+from enginery.engine.compile import Compilation, Run, load
 from enginery.engine.config import BuildConfig
+from enginery.engine.graphs import GraphedStep, LaunchedStep, empty_step
+from enginery.engine.inputs import InputBuffer, StepShape
 from enginery.engine.manifest import Facts, Manifest
-from enginery.engine.memory import MemoryPlan, caches, plan_memory, pool_shape
+from enginery.engine.memory import MemoryPlan, caches, measured_plan, plan_memory, pool_shape
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.engine.regions import Outline, outline
-from enginery.engine.steps import CompiledStep, EagerStep, Step
+from enginery.engine.steps import CompiledStep, EagerStep, HostStep, Step
 from enginery.errors import EngineryWarning, ResourceError, StepError, UsageError
 from enginery.kernels.table import TABLE, Row
-from enginery.network import Network
+from enginery.network import Network, Tensor
 
 Progress = Callable[[str, int, int], None]
 """stage, done, total (0: unknown)"""
+
+COPYING_THREADS = 8
+"""that read mapped weights and send them to the device: one alone is slower than either"""
 
 
 @dataclass(frozen=True)
@@ -61,21 +67,71 @@ class Engine:
         self.device = torch.device(parts.manifest.device)
         self.regions: Outline = outline(parts.network)
         self.plan: MemoryPlan = plan_memory(parts.network, self.regions, self.facts, config, self.device.type)
-        used = {layer.op._opname for layer in parts.network}
-        warn_of_references([row for row in TABLE.load(self.device.type) if row.op in used])
-        runs = {}
-        if config.backend == "compiled":
-            packages = compile_regions(self.regions, self.device.type, progress)
-            runs = {key: load(path, self.device.type) for key, path in packages.items()}
-        self._pools = self._allocate(parts.network)
-        fixed = {name: value.to(self.device) for name, value in parts.weights.items()} | self._pools
-        step_inputs = [tensor for tensor in parts.network.inputs if tensor.name not in self._pools]
-        self._step: Step | None = (
-            CompiledStep(self.regions, runs, fixed, step_inputs)
-            if config.backend == "compiled"
-            else EagerStep(parts.network, fixed, step_inputs)
+        warn_of_references(TABLE.load(self.device.type))
+        self._network = parts.network
+        self._pools: dict[str, torch.Tensor] = {}
+        with ThreadPoolExecutor(COPYING_THREADS) as copying:
+            moved = {name: copying.submit(value.to, self.device) for name, value in parts.weights.items()}
+            self._runs: dict[str, Run] = {}
+            if config.backend == "compiled":
+                packages = compile_regions(self.regions, self.device.type, progress)
+                self._runs = {key: load(path, self.device.type) for key, path in packages.items()}
+            self._weights = {name: future.result() for name, future in moved.items()}
+        self._run: Callable[[StepInputs], torch.Tensor] | None = (
+            self._open_host() if self.device.type == "cpu" else self._open_gpu(config, progress)
         )
-        self._names = [tensor.name for tensor in step_inputs]
+
+    def _open_host(self) -> HostStep:
+        return HostStep(self._step(), [tensor.name for tensor in self._step_inputs])
+
+    def _open_gpu(self, config: BuildConfig, progress: Progress | None) -> LaunchedStep | GraphedStep:
+        """Sizes the KV cache by what the largest step really takes, then captures the usual steps."""
+        buffer = InputBuffer(self.limits, self.device)
+        if config.backend == "eager":
+            return LaunchedStep(self._step(), buffer)
+        self.plan = measured_plan(self.plan, config, self._measure_activations(buffer))
+        launched = LaunchedStep(self._step(), buffer)
+        graphed = GraphedStep(launched, buffer, self.limits)
+        before = torch.cuda.memory_reserved()
+        shapes = list(graphed.buckets.at_open())
+        for done, _ in enumerate(graphed.capture(shapes)):
+            if progress is not None:
+                progress("capture", done, len(shapes))
+        self.plan = replace(self.plan, graphs=max(0, torch.cuda.memory_reserved() - before))
+        if progress is not None:
+            progress("capture", len(shapes), len(shapes))
+        return graphed
+
+    def _measure_activations(self, buffer: InputBuffer) -> int:
+        """Bytes of intermediate values in a step as large as the limits allow; its cache is one block."""
+        tokens, sequences = self.limits.max_num_tokens, min(self.limits.max_num_seqs, self.limits.max_num_tokens)
+        shape = StepShape(tokens, sequences, 1, sequences)
+        launched = LaunchedStep(self._step(num_blocks=1), buffer)
+        buffer.send(empty_step(), shape)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        launched.run(shape)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        self._pools = {}
+        del launched
+        torch.cuda.empty_cache()
+        return peak
+
+    @property
+    def _step_inputs(self) -> list[Tensor]:
+        """What changes from step to step."""
+        pools = {tensor.name for tensor in caches(self._network)}
+        return [tensor for tensor in self._network.inputs if tensor.name not in pools]
+
+    def _step(self, num_blocks: int | None = None) -> Step:
+        """The network over the weights and fresh KV pools."""
+        self._pools = self._allocate(num_blocks or self.limits.num_blocks)
+        fixed = self._weights | self._pools
+        if self.backend == "eager":
+            return EagerStep(self._network, fixed, self._step_inputs)
+        return CompiledStep(self.regions, self._runs, fixed, self._step_inputs)
 
     @classmethod
     def load(
@@ -119,16 +175,10 @@ class Engine:
 
         Raises StepError if the batch is not one of this engine's limits, or names what failed.
         """
-        if self._step is None:
+        if self._run is None:
             raise StepError("the engine is closed", "Load it again")
         check_inputs(inputs, self.limits)
-        wanted = inputs.logits_indices
-        values = {name: torch.from_numpy(getattr(inputs, name)) for name in self._names}
-        if len(wanted) == 0:  # compiled code wants at least one row; the last token's is computed and dropped
-            values["logits_indices"] = torch.tensor([len(inputs.token_ids) - 1])
-        if self.device.type != "cpu":
-            values = {name: value.to(self.device, non_blocking=True) for name, value in values.items()}
-        return self._step(values)[: len(wanted)]
+        return self._run(inputs)[: len(inputs.logits_indices)]
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         if not pairs:
@@ -136,14 +186,19 @@ class Engine:
         last = self.limits.num_blocks - 1
         if any(not 0 <= block <= last for pair in pairs for block in pair):
             raise StepError(f"a block to copy is outside 0..{last}")
-        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
+        sides = torch.tensor(pairs)
+        if self.device.type == "cuda":
+            sides = sides.pin_memory().to(self.device, non_blocking=True)
+        sources, targets = sides.unbind(1)
         for pool in self._pools.values():
             pool[targets] = pool[sources]
 
     def close(self) -> None:
         """Frees weights, KV pools and compiled code."""
-        self._step = None
+        self._run = None
+        self._runs = {}
         self._pools = {}
+        self._weights = {}
 
     def summary(self) -> dict[str, Any]:
         """What was built, in JSON types."""
@@ -155,7 +210,7 @@ class Engine:
             "limits": asdict(self.limits),
             "memory": {
                 "weights": self.plan.weights,
-                "activations": self.plan.activations,
+                "activations": self.plan.working,
                 "kv_cache": self.plan.kv_cache,
                 "available": self.plan.available,
             },
@@ -167,11 +222,11 @@ class Engine:
         title = f"{self.facts.architecture}, {self.facts.dtype}, {self.backend} on {self.device}"
         return "\n".join([title, str(self.regions), str(self.plan), f"in {self.directory or 'memory'}"])
 
-    def _allocate(self, network: Network) -> dict[str, torch.Tensor]:
+    def _allocate(self, num_blocks: int) -> dict[str, torch.Tensor]:
         """Zeroed KV pools by name."""
-        blocks = self.limits.num_blocks
+        pools = caches(self._network)
         try:
-            return {pool.name: _zeros((blocks, *pool_shape(pool)), pool.dtype, self.device) for pool in caches(network)}
+            return {pool.name: _zeros((num_blocks, *pool_shape(pool)), pool.dtype, self.device) for pool in pools}
         except (RuntimeError, MemoryError):
             raise ResourceError(
                 f"the KV cache of {self.plan.kv_cache >> 20} MiB cannot be allocated on {self.device}",

@@ -19,12 +19,14 @@ from enginery.errors import ResourceError, UsageError
 from enginery.network import Network, Tensor
 from enginery.network.dim import evaluate
 
-DEFAULT_TOKENS: Mapping[str, int] = {"cpu": 512, "cuda": 2048}
+DEFAULT_TOKENS: Mapping[str, int] = {"cpu": 512, "cuda": 8192}
 """max_num_batched_tokens where the configuration names none"""
-KV_SHARE = 0.6
-"""part of the free memory that the KV cache takes at most where the configuration names no size"""
+KV_SHARE: Mapping[str, float] = {"cpu": 0.6, "cuda": 0.95}
+"""part of what weights and activations leave that the KV cache takes where the configuration names no size"""
 KV_REASONABLE = 4 << 30
 """bytes of main memory beyond which a KV cache has to be asked for, unless one sequence needs more"""
+SAMPLING_COPIES = 4
+"""of the logits, at most, while tokens are drawn from them"""
 SPARE_BYTES = 256 << 20
 """left for everything that is not planned"""
 
@@ -44,10 +46,19 @@ class MemoryPlan:
     """free on the device, without the weights"""
     weights: int
     activations: int
-    """peak of the intermediate values of a step of max_num_tokens"""
+    """peak of the intermediate values of a step of max_num_tokens; on a GPU measured when the engine opens"""
     block: int
     """one KV block of all layers"""
     limits: EngineLimits
+    sampling: int = 0
+    """copies of the logits that sampling makes on a GPU"""
+    graphs: int = 0
+    """memory that captured steps share"""
+
+    @property
+    def working(self) -> int:
+        """What steps need beside weights and cache."""
+        return self.activations + self.sampling + self.graphs
 
     @property
     def kv_cache(self) -> int:
@@ -55,7 +66,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.kv_cache
+        return self.weights + self.working + self.kv_cache
 
     def __str__(self) -> str:
         limits = self.limits
@@ -66,6 +77,8 @@ class MemoryPlan:
                 self.activations,
                 f"{limits.max_num_tokens} tokens a step, {limits.max_num_seqs} sequences",
             ),
+            *([("sampling", self.sampling, "")] if self.sampling else []),
+            *([("CUDA graphs", self.graphs, "")] if self.graphs else []),
             (
                 "KV cache",
                 self.kv_cache,
@@ -106,7 +119,23 @@ def plan_memory(network: Network, outline: Outline, facts: Facts, config: BuildC
         sum(_block_bytes(cache) for cache in caches(network)),
         limits,
     )
+    if device == "cuda":
+        plan = _for_gpu(plan, plan.activations)
     return replace(plan, limits=_with_blocks(plan, config))
+
+
+def measured_plan(plan: MemoryPlan, config: BuildConfig, activations: int) -> MemoryPlan:
+    """The plan of a GPU whose weights are loaded, with the activations of the largest step as they were measured."""
+    plan = _for_gpu(replace(plan, available=available_memory(plan.device) + plan.weights), activations)
+    wanted = replace(plan.limits, max_model_len=config.max_model_len or plan.limits.max_model_len)
+    plan = replace(plan, limits=wanted)
+    return replace(plan, limits=_with_blocks(plan, config))
+
+
+def _for_gpu(plan: MemoryPlan, activations: int) -> MemoryPlan:
+    """Captured steps share memory as large as their largest needs, which is no larger than the largest step."""
+    logits = 4 * plan.limits.vocab_size * min(plan.limits.max_num_seqs, plan.limits.max_num_tokens)
+    return replace(plan, activations=activations, sampling=SAMPLING_COPIES * logits, graphs=activations)
 
 
 def _with_blocks(plan: MemoryPlan, config: BuildConfig) -> EngineLimits:
@@ -114,7 +143,7 @@ def _with_blocks(plan: MemoryPlan, config: BuildConfig) -> EngineLimits:
     useful = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size) + 1
     memory = config.kv_cache_memory
     if memory is None:
-        memory = int(KV_SHARE * max(0, plan.available - plan.weights - plan.activations - SPARE_BYTES))
+        memory = int(KV_SHARE[plan.device] * max(0, plan.available - plan.weights - plan.working - SPARE_BYTES))
         if plan.device == "cpu":
             longest = -(-limits.max_model_len // limits.block_size) * plan.block
             memory = min(memory, max(KV_REASONABLE, longest))
@@ -181,7 +210,8 @@ def _size(tensor: Tensor, sizes: Mapping[str, int]) -> int:
 def available_memory(device: str) -> int:
     """Bytes that this process may still take on the device."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + kept
     return min([psutil.virtual_memory().available, *_cgroup_rooms()])
 
 
@@ -200,4 +230,4 @@ def _human(size: int) -> str:
     return f"{size} B"
 
 
-__all__ = ["MemoryPlan", "activation_bytes", "available_memory", "caches", "plan_memory", "pool_shape"]
+__all__ = ["MemoryPlan", "activation_bytes", "available_memory", "caches", "measured_plan", "plan_memory", "pool_shape"]

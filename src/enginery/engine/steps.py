@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from enginery.engine.compile import Run
+from enginery.engine.protocol import StepInputs
 from enginery.engine.regions import Outline, Region
 from enginery.errors import StepError
 from enginery.network import Network, Program, Tensor
@@ -97,8 +98,24 @@ class EagerStep:
             raise StepError(f"the network failed: {_line(error)}", "See ENGINERY_DEBUG") from error
 
 
+class HostStep:
+    """Runs steps on the CPU, from the arrays as they are."""
+
+    def __init__(self, step: Step, names: Sequence[str]) -> None:
+        self._step = step
+        self._names = names
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits `[≥ L, vocab_size]`."""
+        inputs = inputs.resolved()
+        values = {name: torch.from_numpy(getattr(inputs, name)) for name in self._names}
+        if len(inputs.logits_indices) == 0:  # compiled code wants at least one row: it is computed and dropped
+            values["logits_indices"] = torch.tensor([len(inputs.token_ids) - 1])
+        return self._step(values)
+
+
 def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-__all__ = ["CompiledStep", "EagerStep", "Step"]
+__all__ = ["CompiledStep", "EagerStep", "HostStep", "Step"]

@@ -1,9 +1,9 @@
 """The serving loop: schedule, run, sample, settle.
 
 Two forms of it. The plain loop does the four one after another. The overlapped loop, for engines that run beside the
-host, launches a step before it settles the one before: while the device computes, the host takes tokens to requests and
-prepares what comes next. The newest token of a sequence is then *pending*: sampled, on the device, and read there by the
-next step. A sequence that ends by its pending token is computed once too often, and that outcome is dropped.
+host, launches a step before it settles the one before: while the device computes, the host takes tokens to requests
+and prepares what comes next. The newest token of a sequence is then *pending*: sampled, on the device, and read there
+by the next step. A sequence that ends by its pending token is computed once too often; that outcome is dropped.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from enginery.errors import QueueFullError, RequestError, UsageError
 from enginery.runtime.batch import Batch, LogitsPlan, PromptRows, places
 from enginery.runtime.detokenizer import Tokenizer
 from enginery.runtime.intake import Intake
+from enginery.runtime.logprobs import PendingLogprobs, top_logprobs
 from enginery.runtime.outputs import RequestOutput
 from enginery.runtime.request import Request, Sequence, Status
-from enginery.runtime.sampler import PendingLogprobs, Sampler, Sampling, top_logprobs
+from enginery.runtime.sampler import Sampler, Sampling
 from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams
 from enginery.runtime.scheduler import Schedule, Scheduled, Scheduler
 from enginery.runtime.settler import Ran, Settler

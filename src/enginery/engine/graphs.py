@@ -1,0 +1,207 @@
+"""Steps on a GPU: padded to one of few shapes and replayed as a CUDA graph, or launched kernel by kernel where no shape
+holds them.
+
+A decoding step of an 8B model is some four hundred kernels of a few microseconds; launched one by one they would wait
+for the host. A graph is captured per shape, the usual ones when the engine opens and others when they are first met.
+All graphs take their memory from one pool: only one runs at a time, so together they need what the largest needs.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from enginery.engine.inputs import InputBuffer, StepShape, gathered
+from enginery.engine.protocol import EngineLimits, StepInputs
+from enginery.engine.steps import Step
+from enginery.errors import StepError
+
+MAX_TOKENS = 2048
+"""Of a captured step: above it, a kernel runs longer than the host needs to launch the next."""
+MAX_TOKENS_AT_OPEN = 1024
+"""Of a mixed step that is captured when the engine opens."""
+FEW_SEQUENCES = 32
+"""Mixed steps of so few sequences have shapes of their own: prompts that arrive while little else runs."""
+CONTEXTS = (32, 128, 512, 2048, 8192, 32768, 131072)
+"""Columns of block tables; attention divides its work by them."""
+CONTEXTS_AT_OPEN = 2
+
+
+def ladder(limit: int, parts: int) -> list[int]:
+    """Sizes up to `limit`: each at most 1/`parts` larger than the one before, from 4 · `parts` on in multiples of 8."""
+    sizes: list[int] = []
+    size = 1
+    while size < limit:
+        sizes.append(size)
+        octave = 1 << (size.bit_length() - 1)
+        size += max(octave // parts, min(8, octave))
+    return [*sizes, limit]
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The shapes that steps are padded to."""
+
+    decode: tuple[int, ...]
+    """sequences of a step with one new token each"""
+    mixed: tuple[int, ...]
+    """tokens of any other step"""
+    sequences: tuple[int, ...]
+    """of a mixed step"""
+    blocks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, limits: EngineLimits) -> Buckets:
+        most = limits.max_num_seqs
+        longest = -(-limits.max_model_len // limits.block_size)
+        blocks = [size for size in CONTEXTS if size < longest]
+        tokens = ladder(min(MAX_TOKENS, limits.max_num_tokens), 8)
+        return cls(
+            tuple(ladder(min(most, limits.max_num_tokens), 4)),
+            tuple(size for size in tokens if size >= FEW_SEQUENCES),
+            (FEW_SEQUENCES, most) if most > FEW_SEQUENCES else (most,),
+            (*blocks, longest),
+        )
+
+    def fitting(self, shape: StepShape) -> StepShape | None:
+        """The smallest that holds a step; None where there is none."""
+        blocks = _at_least(self.blocks, shape.blocks)
+        if blocks is None:
+            return None
+        if shape.is_decode and shape.logits <= shape.sequences:
+            size = _at_least(self.decode, shape.sequences)
+            return None if size is None else StepShape(size, size, blocks, size)
+        sequences = _at_least(self.sequences, max(shape.sequences, shape.logits))
+        # One token more than sequences at least: as many would be taken for decoding.
+        tokens = None if sequences is None else _at_least(self.mixed, max(shape.tokens, sequences + 1))
+        return None if tokens is None or sequences is None else StepShape(tokens, sequences, blocks, sequences)
+
+    def at_open(self) -> Iterator[StepShape]:
+        """The usual shapes, the largest first: what they free serves the smaller ones."""
+        contexts = self.blocks[:CONTEXTS_AT_OPEN]
+        for sequences in reversed(self.sequences):
+            for tokens in reversed(self.mixed):
+                if sequences < tokens <= MAX_TOKENS_AT_OPEN:
+                    yield StepShape(tokens, sequences, contexts[-1], sequences)
+        for size in reversed(self.decode):
+            for blocks in contexts:
+                yield StepShape(size, size, blocks, size)
+
+
+def _at_least(sizes: Sequence[int], size: int) -> int | None:
+    place = bisect.bisect_left(sizes, size)
+    return sizes[place] if place < len(sizes) else None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A step of one shape."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    """where a replay leaves them; memory of the pool, valid until the next replay"""
+
+
+class LaunchedStep:
+    """Runs every step kernel by kernel."""
+
+    def __init__(self, step: Step, buffer: InputBuffer) -> None:
+        self._step = step
+        self._buffer = buffer
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits `[≥ L, vocab_size]`."""
+        shape = StepShape.of(inputs)
+        self._buffer.send(inputs, shape)
+        return self.run(shape)
+
+    def run(self, shape: StepShape) -> torch.Tensor:
+        """Of what the buffer holds."""
+        return self._step(gathered(self._buffer.views(shape)))
+
+
+class GraphedStep:
+    """Replays a step's graph where a shape holds the step, and launches it otherwise."""
+
+    def __init__(self, launched: LaunchedStep, buffer: InputBuffer, limits: EngineLimits) -> None:
+        self.buckets = Buckets.of(limits)
+        self._launched = launched
+        self._buffer = buffer
+        self._captured: dict[StepShape, Captured | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits `[≥ L, vocab_size]`, valid until the next call."""
+        shape = self.buckets.fitting(StepShape.of(inputs))
+        if shape is not None and shape not in self._captured:
+            self._captured[shape] = self._try_capture(shape)
+        captured = None if shape is None else self._captured[shape]
+        if shape is None or captured is None:
+            return self._launched(inputs)
+        self._buffer.send(inputs, shape)
+        captured.graph.replay()
+        return captured.logits
+
+    def __len__(self) -> int:
+        return sum(captured is not None for captured in self._captured.values())
+
+    def capture(self, shapes: Sequence[StepShape]) -> Iterator[StepShape]:
+        """Captures shapes, yielding each before its turn."""
+        for shape in shapes:
+            yield shape
+            if shape not in self._captured:
+                self._captured[shape] = self._try_capture(shape)
+
+    def _try_capture(self, shape: StepShape) -> Captured | None:
+        """None where memory is too small: such steps are launched."""
+        try:
+            return self._capture(shape)
+        except (torch.OutOfMemoryError, StepError):
+            return None
+
+    def _capture(self, shape: StepShape) -> Captured:
+        self._buffer.send(empty_step(), shape)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._launched.run(shape)  # compiles kernels and allocates workspaces, which a capture must not
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                logits = self._launched.run(shape)
+            except BaseException:
+                with suppress(RuntimeError):  # an unfinished capture is no use; what stopped it is told
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return Captured(graph, _borrowed(logits))
+
+
+def empty_step() -> StepInputs:
+    """A step of one token that is written to no cache."""
+    one, start = np.zeros(1, np.int64), np.array([0, 1], np.int32)
+    return StepInputs(one, one, one - 1, np.zeros((1, 1), np.int32), start, start[1:], one)
+
+
+class _Borrowed:
+    """The CUDA array interface (numba's, version 3) of a tensor, without owning its memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape), "typestr": "<f4", "data": (tensor.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+
+def _borrowed(logits: torch.Tensor) -> torch.Tensor:
+    """The same memory; that of `logits` goes back to the pool, so that the next graph may use it in its own turn."""
+    return torch.as_tensor(_Borrowed(logits.contiguous()), device=logits.device)
+
+
+__all__ = ["Buckets", "GraphedStep", "LaunchedStep", "empty_step", "ladder"]

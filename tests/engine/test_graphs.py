@@ -1,0 +1,188 @@
+"""Padded steps: the shapes they take, the one buffer they lie in, and that padding changes no result. On a GPU also:
+replayed graphs equal launched kernels, whatever came before."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engine.conftest import EAGER
+from tests.engine.decoder import Batcher, Decoder, Imported, imported, random_tokens, reader
+
+from enginery.engine.builder import build
+from enginery.engine.config import BuildConfig
+from enginery.engine.engine import Engine
+from enginery.engine.graphs import Buckets, LaunchedStep, ladder
+from enginery.engine.inputs import InputBuffer, StepShape, gathered
+from enginery.engine.protocol import EngineLimits, StepInputs
+
+LIMITS = EngineLimits(1000, 4096, 2048, 256, 500)
+
+
+@given(limit=st.integers(1, 5000), parts=st.sampled_from([4, 8]))
+def test_a_ladder_wastes_little(limit: int, parts: int) -> None:
+    sizes = ladder(limit, parts)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == limit
+    assert all(b <= max(a + a // parts + 1, a + 8, 2 * a if a < 8 else 0) for a, b in zip(sizes, sizes[1:]))
+
+
+@given(
+    tokens=st.integers(1, 3000), sequences=st.integers(1, 256), blocks=st.integers(1, 256), logits=st.integers(1, 300)
+)
+def test_the_fitting_shape_holds_the_step_and_is_of_its_kind(
+    tokens: int, sequences: int, blocks: int, logits: int
+) -> None:
+    buckets = Buckets.of(LIMITS)
+    shape = StepShape(tokens, min(sequences, tokens), blocks, min(logits, tokens))
+    found = buckets.fitting(shape)
+    if found is None:
+        assert tokens > 2048 or shape.logits > 256
+        return
+    assert found.holds(shape)
+    assert found.is_decode == (shape.is_decode and shape.logits <= shape.sequences)
+    assert found.tokens <= LIMITS.max_num_tokens
+
+
+@pytest.mark.parametrize("limits", [LIMITS, EngineLimits(10, 64, 1, 1, 4), EngineLimits(10, 10**6, 64, 8, 4)])
+def test_shapes_at_open_are_shapes_that_steps_take(limits: EngineLimits) -> None:
+    buckets = Buckets.of(limits)
+    shapes = list(buckets.at_open())
+    assert shapes
+    assert len(set(shapes)) == len(shapes)
+    assert all(buckets.fitting(shape) == shape for shape in shapes)
+
+
+def random_inputs(rng: np.random.Generator, sampled: bool) -> StepInputs:
+    counts = rng.integers(1, 5, rng.integers(1, 6))
+    start = np.array([0, *np.cumsum(counts)], np.int32)
+    tokens = int(start[-1])
+    return StepInputs(
+        token_ids=rng.integers(0, 1000, tokens),
+        positions=rng.integers(0, 4096, tokens),
+        slot_mapping=rng.integers(0, 8000, tokens),
+        block_tables=rng.integers(0, 500, (len(counts), 7)).astype(np.int32),
+        query_start=start,
+        seq_lens=rng.integers(1, 100, len(counts)).astype(np.int32),
+        logits_indices=start[1:].astype(np.int64) - 1,
+        sampled=torch.from_numpy(rng.integers(0, 1000, 9)) if sampled else None,
+        sources=rng.integers(-1, 9, tokens) if sampled else None,
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_sent_arrives_padded(seed: int) -> None:
+    """In the same buffer as the steps before it, of any size."""
+    rng = np.random.default_rng(seed)
+    buffer = InputBuffer(LIMITS, torch.device("cpu"))
+    for round in range(8):
+        inputs = random_inputs(rng, sampled=round % 2 == 1)
+        exact = StepShape.of(inputs)
+        shape = exact if round % 3 == 0 else StepShape(exact.tokens + 11, exact.sequences + 4, 32, exact.logits + 4)
+        buffer.send(inputs, shape)
+        values = {name: value.numpy() for name, value in gathered(buffer.views(shape)).items()}
+        known = inputs.resolved()
+        tokens, sequences = exact.tokens, exact.sequences
+        for name in ("token_ids", "positions", "slot_mapping"):
+            np.testing.assert_array_equal(values[name][:tokens], getattr(known, name))
+        assert (values["slot_mapping"][tokens:] == -1).all()
+        np.testing.assert_array_equal(values["block_tables"][:sequences, :7], known.block_tables)
+        np.testing.assert_array_equal(values["query_start"][: sequences + 1], known.query_start)
+        assert (values["query_start"][sequences:] == tokens).all()
+        np.testing.assert_array_equal(values["seq_lens"][:sequences], known.seq_lens)
+        np.testing.assert_array_equal(values["logits_indices"][: exact.logits], known.logits_indices)
+        views = buffer.views(shape)
+        assert all((view.data_ptr() - views["known"].data_ptr()) % 256 == 0 for view in views.values())
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_padding_changes_no_logits(padded: tuple[Engine, LaunchedStep, InputBuffer], model: Decoder, data) -> None:
+    engine, launched, buffer = padded
+    batcher = Batcher(model)
+    sequences = [batcher.add(random_tokens(30, seed)) for seed in range(3)]
+    for _ in range(3):
+        parts = [(s, data.draw(st.integers(0, 4), label="new tokens")) for s in sequences]
+        parts = [(sequence, count) for sequence, count in parts if count]
+        if not parts:
+            continue
+        inputs, expected = batcher.step(parts)
+        exact = StepShape.of(inputs)
+        more = data.draw(st.integers(0, 9), label="padding")
+        shape = StepShape(exact.tokens + more, exact.sequences + more, exact.blocks + more, exact.logits + more)
+        buffer.send(inputs, shape)
+        logits = launched.run(shape)
+        assert logits.shape == (shape.logits, engine.limits.vocab_size)
+        torch.testing.assert_close(logits[: exact.logits], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def padded(in_cache: None, model: Decoder, network_of_model: Imported) -> tuple[Engine, LaunchedStep, InputBuffer]:
+    """Steps on the CPU by the references, padded as those of a GPU are."""
+    engine = build(Imported(network_of_model.network.copy(), network_of_model.facts), reader(model), EAGER)
+    buffer = InputBuffer(engine.limits, torch.device("cpu"))
+    return engine, LaunchedStep(engine._step(), buffer), buffer
+
+
+# ---- on a GPU
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory, in_cache: None) -> tuple[Engine, Decoder]:
+    config = BuildConfig(max_num_seqs=48, max_num_batched_tokens=256, device="cuda", kv_cache_memory=64 << 20)
+    model = Decoder()
+    engine = build(imported(model), reader(model), config, tmp_path_factory.mktemp("gpu") / "engine")
+    return engine, model
+
+
+@GPU
+def test_replayed_steps_equal_the_model_in_any_order(on_gpu: tuple[Engine, Decoder]) -> None:
+    engine, model = on_gpu
+    rng = random.Random(0)
+    batcher = Batcher(model)
+    sequences = [batcher.add(random_tokens(64, seed)) for seed in range(12)]
+    for _ in range(40):
+        chosen = [s for s in sequences if s.computed < 50 and rng.random() < 0.6]
+        parts = [(s, 1 if rng.random() < 0.7 else rng.randint(1, 12)) for s in chosen]
+        if parts:
+            inputs, expected = batcher.step(parts)
+            torch.testing.assert_close(engine.execute(inputs).cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert len(engine._run) > 10  # type: ignore[arg-type]
+
+
+@GPU
+def test_replay_equals_launch_bit_for_bit(on_gpu: tuple[Engine, Decoder]) -> None:
+    engine, model = on_gpu
+    graphed = engine._run
+    launched = graphed._launched  # type: ignore[union-attr]
+    batcher = Batcher(model)
+    sequences = [batcher.add(random_tokens(40, seed)) for seed in range(5)]
+    for counts in ((9, 1, 30, 2, 17), (1, 1, 1, 1, 1), (1, 1, 1, 1, 1), (3, 1, 1, 1, 4)):
+        inputs, _ = batcher.step(list(zip(sequences, counts, strict=True)))
+        shape = graphed.buckets.fitting(StepShape.of(inputs))  # type: ignore[union-attr]
+        replayed = engine.execute(inputs).clone()
+        launched._buffer.send(inputs, shape)
+        again = launched.run(shape)[: len(counts)]  # type: ignore[union-attr]
+        assert torch.equal(replayed, again)
+
+
+@GPU
+def test_tokens_of_the_step_before_are_read_on_the_device(on_gpu: tuple[Engine, Decoder]) -> None:
+    engine, model = on_gpu
+    batcher = Batcher(model)
+    sequences = [batcher.add(random_tokens(40, seed)) for seed in range(3)]
+    inputs, _ = batcher.step([(s, 7) for s in sequences])
+    engine.execute(inputs)
+    inputs, expected = batcher.step([(s, 1) for s in sequences])
+    sampled = torch.tensor([5, *reversed(inputs.token_ids)], device="cuda")
+    hidden = dataclasses.replace(
+        inputs, token_ids=np.zeros_like(inputs.token_ids), sampled=sampled, sources=np.array([3, 2, 1])
+    )
+    torch.testing.assert_close(engine.execute(hidden).cpu(), expected, rtol=1e-4, atol=1e-4)
