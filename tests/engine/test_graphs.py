@@ -4,6 +4,7 @@ replayed graphs equal launched kernels, whatever came before."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import numpy as np
@@ -29,7 +30,7 @@ def test_a_ladder_wastes_little(limit: int, parts: int) -> None:
     sizes = ladder(limit, parts)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == limit
-    assert all(b <= max(a + a // parts + 1, a + 8, 2 * a if a < 8 else 0) for a, b in zip(sizes, sizes[1:]))
+    assert all(b <= max(a + a // parts + 1, a + 8, 2 * a if a < 8 else 0) for a, b in itertools.pairwise(sizes))
 
 
 @given(
