@@ -7,7 +7,7 @@ rewritten     the batch's tables, the KV pools -> logits [logits, vocabulary] fl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -193,8 +193,10 @@ def apply_phases(
 
 
 def nearest_miss(network: Network, rule: str, config: PipelineConfig | None = None) -> Miss | None:
-    """Why a rule does not fit the network as its phase finds it, or None if it does. Rewrites the network."""
+    """Why a rule does not fit the network as its phase finds it, or None if it does or would. Rewrites the network."""
     config = config or PipelineConfig()
+    if rule in optional_rules() and all(type(given).__name__ != rule for given in config.rules):
+        config = replace(config, rules=(*config.rules, optional_rules()[rule]()))
     apply_phases(network, config, before=rule)
     managers = (_manager(phase, config) for phase in PHASES)
     found = next((manager for manager in managers if rule in manager.labels), None)
