@@ -34,6 +34,7 @@ class ReadyEngine:
 
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
+        self.is_asynchronous = False
         generator = torch.Generator().manual_seed(0)
         ranks = torch.stack([torch.randperm(VOCABULARY, generator=generator) for _ in range(2 * REQUESTS)])
         noise = torch.randn(ranks.shape, generator=generator)

@@ -276,8 +276,7 @@ class LLM:
         has_tokenizer = (opened.directory / "tokenizer.json").is_file()
         self.tokenizer = Tokenizer.from_directory(opened.directory) if has_tokenizer else None
         eos = self.engine.facts.eos_token_ids
-        overlap = self.engine.device.type != "cpu"
-        session = SessionConfig(eos_token_ids=eos, prefix_caching=prefix_caching, seed=seed, overlap=overlap)
+        session = SessionConfig(eos_token_ids=eos, prefix_caching=prefix_caching, seed=seed)
         self.session = Session(self.engine, self.tokenizer, session)
         self.default_params = _default_params(opened.directory)
 

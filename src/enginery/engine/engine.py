@@ -170,6 +170,10 @@ class Engine:
     def limits(self) -> EngineLimits:
         return self.plan.limits
 
+    @property
+    def is_asynchronous(self) -> bool:
+        return self.device.type == "cuda"
+
     def execute(self, inputs: StepInputs) -> torch.Tensor:
         """Runs one step: logits `[L, vocab_size]` float32, valid until the next call.
 

@@ -69,6 +69,11 @@ class Engine(Protocol):
     @property
     def limits(self) -> EngineLimits: ...
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """`execute` returns before the step has run; its result is valid in the order of the current CUDA stream."""
+        ...
+
     def execute(self, inputs: StepInputs) -> torch.Tensor:
         """Writes the new tokens' keys and values to the cache and returns logits `[L, vocab_size]`, float32, on its
         device.

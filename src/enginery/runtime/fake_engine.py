@@ -36,6 +36,10 @@ class FakeEngine:
     def limits(self) -> EngineLimits:
         return self._limits
 
+    @property
+    def is_asynchronous(self) -> bool:
+        return False
+
     def execute(self, inputs: StepInputs) -> torch.Tensor:
         inputs = inputs.resolved()
         self._check(inputs)

@@ -45,8 +45,8 @@ class SessionConfig:
     """Rows of logits per step for prompt_logprobs: bounds memory at that many times the vocabulary."""
     seed: int | None = None
     """Makes the seeds of requests without one reproducible."""
-    overlap: bool = False
-    """Prepare a step while the one before runs. Changes no result; gains where the engine does not run on the host."""
+    overlap: bool | None = None
+    """Prepare a step while the one before runs; changes no result. None: where the engine runs beside the host."""
 
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 1:
@@ -120,6 +120,7 @@ class Session:
         self._settler = Settler(self.scheduler, self._batch, tokenizer, self._stats)
         self._requests: dict[str, Request] = {}
         self._seed = self.config.seed if self.config.seed is not None else int.from_bytes(os.urandom(8))
+        self._overlaps = engine.is_asynchronous if self.config.overlap is None else self.config.overlap
         self._flight: Flight | None = None
         self._pending: list[RequestOutput] = []
 
@@ -223,14 +224,14 @@ class Session:
     def step(self) -> list[RequestOutput]:
         """Advances every scheduled request; returns what is new, at most one output a request.
 
-        With `overlap`, what is new comes from the step that the call before launched.
+        In the overlapped loop, what is new comes from the step that the call before launched.
         """
         before, self._flight = self._flight, None
         if before is not None and not before.is_foreseeable:
             return self._settle(before)
         schedule = self._schedule()
         flight = self._launch(schedule, before)
-        if not self.config.overlap:
+        if not self._overlaps:
             return self._settle(flight or self._launch_each(schedule))
         outputs = self._settle(before)
         if flight is None:
