@@ -15,8 +15,8 @@ from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
 from enginery.kernels.table import TABLE
 
-CONFIG = BuildConfig(max_num_seqs=8, max_num_batched_tokens=64)
-EAGER = BuildConfig(max_num_seqs=8, max_num_batched_tokens=64, backend="eager")
+CONFIG = BuildConfig(device="cpu", max_num_seqs=8, max_num_batched_tokens=64)
+EAGER = BuildConfig(device="cpu", max_num_seqs=8, max_num_batched_tokens=64, backend="eager")
 
 
 @pytest.fixture(scope="session")
