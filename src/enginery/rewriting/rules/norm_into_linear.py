@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from enginery.network import Layer, Tensor
 from enginery.rewriting.rule import MatchFailure, PatternRewriter
-from enginery.rewriting.rules.scale_before_linear import as_read, linear_readers
-from enginery.rewriting.rules.scale_into_linear import require_unshared
+from enginery.rewriting.rules.scale_before_linear import linear_readers
+from enginery.rewriting.rules.scale_into_linear import in_dtype, require_unshared
 
 aten = torch.ops.aten
 
@@ -35,15 +35,15 @@ class NormIntoLinear(PatternRewriter):
         for linear in linears:
             require_unshared(linear.args[1])
         plain: Any = layer.replace(**{name: None for name in ("weight", "bias") if name in arguments})
-        x = as_read(plain, linears)
+        x = in_dtype(plain, linears[0].args[0].dtype)
         return {linear: _linear(x, scale, offset, *linear.args[1:]) for linear in linears}
 
 
 def _linear(x: Any, scale: Tensor | None, offset: Tensor | None, weight: Any, bias: Tensor | None) -> Any:
     """linear(x·scale + offset, weight, bias) with all constants on the side of the weight."""
     if offset is not None:
-        moved = F.linear(offset.to(weight.dtype), weight)
+        moved = F.linear(in_dtype(offset, weight.dtype), weight)
         bias = moved if bias is None else bias + moved
     if scale is not None:
-        weight = (weight * scale).to(weight.dtype)
+        weight = in_dtype(weight * scale, weight.dtype)
     return F.linear(x, weight, bias)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from enginery.network import Layer, Tensor
 from enginery.rewriting.rule import MatchFailure, PatternRewriter
-from enginery.rewriting.rules.scale_into_linear import require_unshared, scaled, times
+from enginery.rewriting.rules.scale_into_linear import in_dtype, require_unshared, scaled, times
 
 aten = torch.ops.aten
 
@@ -33,18 +33,15 @@ class ScaleBeforeLinear(PatternRewriter):
             raise MatchFailure(f"{factor.name} is not one number per feature")
         for linear in linears:
             require_unshared(linear.args[1])
-        x = as_read(x, linears)
-        return {
-            linear: F.linear(x, times(layer, linear.args[1], factor), linear.args[2])
-            for linear in linears
-        }  # fmt: skip
+        plain = in_dtype(x, linears[0].args[0].dtype)
+        return {linear: F.linear(plain, times(layer, linear.args[1], factor), linear.args[2]) for linear in linears}
 
 
 def linear_readers(x: Tensor) -> list[Layer]:
     """The linears that read x, or x in their own dtype; none if anything else reads it."""
     users = x.users
-    if len(users) == 1 and users[0].op is aten.to.dtype:
-        (x,) = users[0].outputs
+    if len(users) == 1 and users[0].op is aten.to.dtype and not x.is_output:
+        x = users[0].output
         users = x.users
     if x.is_output or any(user.op is not aten.linear.default or user.args[0] is not x for user in users):
         return []
@@ -53,10 +50,4 @@ def linear_readers(x: Tensor) -> list[Layer]:
     return users
 
 
-def as_read(x: Any, linears: list[Layer]) -> Any:
-    """x in the dtype in which the linears read it."""
-    dtype = linears[0].args[0].dtype
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-__all__ = ["ScaleBeforeLinear", "as_read", "linear_readers"]
+__all__ = ["ScaleBeforeLinear", "linear_readers"]

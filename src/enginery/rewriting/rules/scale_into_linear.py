@@ -48,8 +48,11 @@ def scaled(layer: Layer) -> tuple[Tensor | None, Any]:
 
 def times(layer: Layer, weight: Tensor, factor: Any) -> Any:
     """A weight multiplied, or divided, as the layer does it to its operand; in the weight's own dtype."""
-    product: Any = layer.network.call(layer.op, weight, factor)
-    return product if product.dtype == weight.dtype else product.to(weight.dtype)
+    return in_dtype(layer.network.call(layer.op, weight, factor), weight.dtype)
+
+
+def in_dtype(x: Any, dtype: torch.dtype) -> Any:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def require_unshared(weight: Tensor) -> None:
@@ -60,4 +63,4 @@ def require_unshared(weight: Tensor) -> None:
         raise MatchFailure(f"{weight.name} is read by others, too")
 
 
-__all__ = ["ScaleIntoLinear", "require_unshared", "scaled", "times"]
+__all__ = ["ScaleIntoLinear", "in_dtype", "require_unshared", "scaled", "times"]
