@@ -20,7 +20,8 @@ from transformers import (
 
 from enginery.runtime.batch import SamplingInputs, uniform_noise
 from enginery.runtime.edits import LogitsEdits
-from enginery.runtime.sampler import Sampler, top_candidates, top_logprobs
+from enginery.runtime.logprobs import top_candidates, top_logprobs
+from enginery.runtime.sampler import Sampler
 from enginery.runtime.sampling_params import SamplingParams
 
 from .harness import make_session
@@ -174,15 +175,18 @@ def test_edits_add_biases_then_penalise() -> None:
         bias_rows=np.array([0, 0, 1]),
         bias_tokens=np.array([4, 4, 5]),
         bias_offsets=np.array([1.5, 2.0, -np.inf], np.float32),
+        bias_required=np.full(3, -1),
         penalty_rows=np.array([0, 0, 1]),
         penalty_tokens=np.array([4, 9, 5]),
+        counts=np.array([2.0, 0.0, 1.0], np.float32),
         repetition=np.array([2.0, 2.0, 2.0], np.float32),
-        reduction=np.array([0.5, 0.25, 1.0], np.float32),
+        frequency=np.array([0.25, 0.25, 0.5], np.float32),
+        presence=np.array([0.125, 0.125, 0.75], np.float32),
     )
     edited = logits.clone()
     Sampler().sample(edited, inputs(2, temperature=0.0, edits=edits)).wait()
     expected = logits.clone()
-    for row, token, bias, reduction in [(0, 4, 3.5, 0.5), (0, 9, 0.0, 0.25), (1, 5, -math.inf, 1.0)]:
+    for row, token, bias, reduction in [(0, 4, 3.5, 0.625), (0, 9, 0.0, 0.0), (1, 5, -math.inf, 1.25)]:
         value = float(logits[row, token]) + bias
         expected[row, token] = (value / 2 if value > 0 else value * 2) - reduction
     torch.testing.assert_close(edited, expected)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from enginery.runtime.batch import Batch, LogitsPlan, PromptRows
 from enginery.runtime.beam_search import Continuation
 from enginery.runtime.detokenizer import Tokenizer
+from enginery.runtime.logprobs import TopLogprobs
 from enginery.runtime.outputs import FinishReason, Logprob, PositionLogprobs, RequestOutput
 from enginery.runtime.request import Request, Sequence, Status
 from enginery.runtime.response import Response
-from enginery.runtime.sampler import Samples, TopLogprobs
+from enginery.runtime.sampler import Samples
 from enginery.runtime.sampling_params import SamplingParams
 from enginery.runtime.scheduler import Schedule, Scheduled, Scheduler
 from enginery.runtime.stats import SessionStats
