@@ -29,8 +29,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from decoder.job import Job
-from decoder.protocol import BARE_START, DTYPES, GROUPS, MEASURED_BY_WORKER
+from decoder.job import OPEN, Job
+from decoder.protocol import BARE_START, DTYPES, GROUPS, MEASURED_BY_WORKER, SLOW_GROUPS
 from decoder.shapes import shape_name
 from decoder.tables import put_into, show, tables
 from enginery import env
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = entry_of(NAME, {}, ["vllm"]) | {"shape": shape_name(options.tiny, options.layers)}
     record["results"] = former(path, record) if options.write else {}
     for key, line in measure(options):
-        record["results"][key] = line
+        keep(record["results"], key, line)
         print(json.dumps({"arm": key, **short(line)}), flush=True)
         if options.write:
             write_entry(record, path)
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", default="", help=f"groups, comma-separated: {','.join(GROUPS)}; default: all but profile"
+        "--only", default="", help=f"groups, comma-separated: {','.join(GROUPS)}; default: all but profile and bare"
     )
     parser.add_argument("--profile", action="store_true", help="the group profile, too")
     parser.add_argument("--dtype", choices=[*DTYPES, "both"], default="both")
@@ -131,12 +131,12 @@ def now() -> str:
 
 def jobs(options: argparse.Namespace, deadline: float) -> Iterator[Job]:
     """One for all groups that share a process, in the order in which they are run."""
-    wanted = set(filter(None, options.only.split(","))) or set(GROUPS) - {"profile"}
+    wanted = set(filter(None, options.only.split(","))) or set(GROUPS) - SLOW_GROUPS
     wanted |= {"profile"} if options.profile else set()
     for dtype in DTYPES if options.dtype == "both" else (options.dtype,):
         plans = [
             ("enginery", [group for group in MEASURED_BY_WORKER if group in wanted]),
-            ("enginery", ["start"] if "start" in wanted else []),
+            ("enginery", [group for group in ("start", "bare") if group in wanted]),
             ("transformers", ["transformers"] if "transformers" in wanted and dtype == "bf16" else []),
             ("vllm", ["vllm"] if "vllm" in wanted else []),
         ]
@@ -180,7 +180,7 @@ def run_worker(job: Job) -> Iterator[dict[str, Any]]:
         os.close(theirs)
         killer = threading.Timer(max(1.0, job.deadline + GRACE_S * 0.75 - time.time()), end, [process])
         killer.start()
-        running = "open"
+        running = OPEN
         try:
             with os.fdopen(ours) as messages:
                 for line in messages:
@@ -224,13 +224,19 @@ def former(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     return earlier["results"] if same else {}
 
 
-def short(line: dict[str, Any]) -> dict[str, Any]:
+def keep(results: dict[str, Any], key: str, line: dict[str, Any]) -> None:
+    """A result takes the place of the failure to open its engine."""
+    results[key] = line
+    opening = f"{' '.join(key.split(' ')[:2])} {OPEN}"
+    if "value" in line and "value" not in results.get(opening, line):
+        del results[opening]
+
+
+def short(value: Any) -> Any:
     """Without the kernels of a profile, and with four digits."""
-    return {
-        name: float(f"{value:.4g}") if isinstance(value, float) else value
-        for name, value in line.items()
-        if name not in ("kernels", "when")
-    }
+    if isinstance(value, dict):
+        return {name: short(each) for name, each in value.items() if name not in ("kernels", "when")}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

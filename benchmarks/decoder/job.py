@@ -10,6 +10,9 @@ from typing import Any
 
 from decoder.protocol import TINY_SIZES, Arm, Sizes
 
+OPEN = "open"
+"""the arm that opening an engine is where it is measured by no other"""
+
 
 class NotAvailable(Exception):
     """Something that is not installed or not built yet: its arms are skipped."""

@@ -6,7 +6,8 @@ best of two runs counts.
 - decode, context 8192: prompts of 8192 tokens; (time for 65 new tokens − time for 1) / 64.
 - prefill n × B: B prompts of n tokens; time to all first tokens.
 - mixed: 1,000 requests, all submitted at once, at most 256 running; output tokens / wall time.
-- start: a fresh process, from the constructor to ready, imports apart, from the built engine in the page cache.
+- start: a fresh process, from the constructor to ready, imports apart, from the built engine in the page cache;
+  bare: the same with empty caches of compiled code, as on a machine that has just received the engine.
 - build: from the imported packages to an engine that is written and open; weights are drawn, not read from a disk.
 - host: seconds of the session beside the engine in a step of 256 sequences, and the part of a step in which the device
   waits.
@@ -18,23 +19,17 @@ import random
 from dataclasses import dataclass
 
 GROUPS = (
-    "ceilings",
-    "build",
-    "decode",
-    "context",
-    "prefill",
-    "mixed",
-    "host",
-    "profile",
-    "start",
-    "transformers",
+    "ceilings", "build", "decode", "context", "prefill", "mixed", "host", "profile", "start", "bare", "transformers",
     "vllm",
-)
+)  # fmt: skip
+SLOW_GROUPS = frozenset({"profile", "bare"})
+"""run only on request"""
 DTYPES = ("bf16", "fp8")
 MEASURED_BY_WORKER = ("build", "ceilings", "decode", "context", "prefill", "host", "mixed", "profile")
 """The groups that share one open engine, in their order."""
 
 FIRST_START, SECOND_START, BARE_START = "start", "start, again", "start, empty caches"
+STARTS = {"start": (FIRST_START, SECOND_START), "bare": (BARE_START,)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class Sizes:
         units = {"ceilings": "TB/s", "build": "s", "mixed": "output tokens/s", "host": "ms/step"}
         if group in units:
             return [Arm(group, group, units[group], self.decode_batches[-1], self.decode_length)]
-        return [Arm(group, name, "s") for name in (FIRST_START, SECOND_START, BARE_START)]
+        return [Arm(group, name, "s") for name in STARTS[group]]
 
     def mixed(self) -> list[tuple[int, int]]:
         """(input, output) tokens of each request."""

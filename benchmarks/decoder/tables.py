@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from decoder.job import OPEN
 from decoder.protocol import DTYPES, FIRST_START, GROUPS, TARGETS, Arm, Sizes, Target
 from decoder.roofline import Ceilings, Roofline, Shape
 from decoder.shapes import FULL, LLAMA_8B
 
 BEGIN, END = "<!-- begin: benchmarks/gpu.py --markdown -->", "<!-- end -->"
+DETAILED = ("build", "host", "mixed", "ceilings", OPEN)
 Record = Mapping[str, Any]
 
 
@@ -110,7 +112,7 @@ def _figure(line: Mapping[str, Any]) -> str:
 
 def tables(record: Record) -> str:
     """The measured tables of docs/performance.md."""
-    return "\n\n".join([_provenance(record), _main_table(record), *_details(record), *_profiles(record)])
+    return "\n\n".join([_provenance(record), _main_table(record), "\n".join(_details(record)), *_profiles(record)])
 
 
 def put_into(document: Path, text: str) -> None:
@@ -142,10 +144,10 @@ def _details(record: Record) -> Iterator[str]:
     """What some arms know beside their value."""
     for key, line in record["results"].items():
         arm = key.split(" ", 2)[2]
-        if arm not in ("build", "host", "mixed", "ceilings") and not arm.startswith(FIRST_START):
+        if arm not in DETAILED and not arm.startswith(FIRST_START) and "value" in line:
             continue
         details = [f"{name} {_detail(value)}" for name, value in line.items() if name not in ("unit", "when", "took")]
-        yield f"- {key}: " + "; ".join(details)
+        yield f"- {key}: " + "; ".join(details).replace("value ", "", 1)
 
 
 def _detail(value: Any) -> str:

@@ -8,13 +8,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from decoder.job import Job, NotAvailable, OutOfTime
+from decoder.job import OPEN, Job, NotAvailable, OutOfTime
 from decoder.profile import profiled
-from decoder.protocol import BARE_START, Arm
+from decoder.protocol import BARE_START, STARTS, Arm
 from decoder.runners import (
     EngineRunner,
     Prompts,
@@ -26,11 +27,13 @@ from decoder.runners import (
     greedy,
     shape_of,
 )
+from enginery.engine.artifact import is_engine
 from enginery.engine.engine import Engine
 
 Result = dict[str, Any]
 """`value` in the unit of the arm, and details"""
 
+OPENING_GROUPS = ("build", *STARTS)
 BROKEN_DEVICE = 3
 """exit code: no CUDA call of this process works any more"""
 STEADY_STEPS = 32
@@ -64,8 +67,10 @@ def _measure_all(job: Job, imports: float) -> int:
     if "failed" in record.message or "skipped" in record.message:
         return 1
     for arm in arms:
-        if arm.group in ("build", "start"):
+        if arm.group in OPENING_GROUPS:
             continue
+        if time.time() > job.deadline:
+            break
         with _reporting(job, arm.name) as record:
             record(_measure(job, opened.runner, arm))
         if record.is_device_broken:
@@ -75,7 +80,12 @@ def _measure_all(job: Job, imports: float) -> int:
 
 def _opening(job: Job) -> str:
     """The arm that opening the engine is."""
-    return next((arm.name for arm in job.arms if arm.group in ("build", "start")), "open")
+    start = next((arm.name for arm in job.arms if arm.group in STARTS), "")
+    return start or ("build" if _must_build(job) else OPEN)
+
+
+def _must_build(job: Job) -> bool:
+    return job.engine == "enginery" and ("build" in job.names or not is_engine(Path(job.directory)))
 
 
 class _Record:
@@ -131,9 +141,9 @@ def _open(job: Job, imports: float) -> _Opened:
         begin = time.perf_counter()
         runner = VllmRunner(job)
         return _Opened(runner, {"value": time.perf_counter() - begin, "unit": "s"})
-    if "start" in groups:
+    if groups & STARTS.keys():
         return _Opened(None, _start(job, imports))
-    if "build" in groups:
+    if _must_build(job):
         engine, stages = built(job)
         return _Opened(EngineRunner(engine), _built_facts(engine, stages.total(), stages.seconds, stages.regions))
     config = build_config(job)

@@ -124,10 +124,11 @@ def driver_version() -> str:
     """The newest CUDA that the driver supports, such as "12.4"; empty if nobody answers."""
     import torch
 
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
     try:
-        number = torch._C._cuda_getDriverVersion()
-    except (AttributeError, RuntimeError):
-        return ""
+        number = ask() if ask is not None else 0
+    except RuntimeError:
+        number = 0
     return f"{number // 1000}.{number % 1000 // 10}" if number else ""
 
 
