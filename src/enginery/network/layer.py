@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from enginery.errors import NetworkError
 from enginery.network.kind import LayerKind, kind_of
-from enginery.network.operator import Operator, draws, freeze, operator_name, signature
+from enginery.network.operator import Operator, Signature, draws, freeze, operator_name, signature
 from enginery.network.tensor import Tensor
 
 if TYPE_CHECKING:
     from enginery.network.network import Network
 
 
-@dataclass(frozen=True)
-class Provenance:
+class Provenance(NamedTuple):
     """Where a layer comes from, if not from the import: the rule that made it and the layers it stands for."""
 
     rule: str
@@ -34,18 +32,18 @@ class Layer:
         "order", "outputs", "provenance",
     )  # fmt: skip
 
-    _args: tuple
-    _inputs: tuple[Tensor, ...]
-
-    def __init__(self, network: Network, name: str, op: Operator, args: tuple) -> None:
+    def __init__(self, network: Network, name: str, known: Signature, op: Operator, args: tuple) -> None:
         self.network = network
         self.name = name
         self.op = op
-        self._take(args)
+        self._args = args
+        self._inputs = _inputs_of(args)
+        self.has_effects = known.has_effects and _affects(known, op, args)
+        """It writes to an argument or draws random numbers: it may not be moved, merged or removed."""
         self.outputs: tuple[Tensor, ...] = ()
-        self.module_path = ""
+        self.module_path = network._module_path
         """the module of the source model that made this call, such as `model.layers.0.self_attn`"""
-        self.provenance: Provenance | None = None
+        self.provenance: Provenance | None = network._provenance
         self.is_removed = False
         self.order = 0
         """grows along the execution order; compare only"""
@@ -130,21 +128,17 @@ class Layer:
     def _set_args(self, args: tuple) -> None:
         self.network._require_open()
         self._release_inputs()
-        self._take(args)
-        self._hold_inputs()
-        self.update_constness()
-
-    def _take(self, args: tuple) -> None:
         self._args = args
         self._inputs = _inputs_of(args)
         known = signature(self.op)
-        self.has_effects: bool = known.has_effects and (bool(known.written) or draws(self.op, args))
-        """It writes to an argument or draws random numbers: it may not be moved, merged or removed."""
+        self.has_effects = known.has_effects and _affects(known, self.op, args)
+        self._hold_inputs()
+        self.update_constness()
 
     def _hold_inputs(self) -> None:
         for tensor in self._inputs:
             uses = tensor._uses
-            uses[self] = uses.get(self, 0) + 1
+            uses[self] = uses[self] + 1 if self in uses else 1
 
     def _release_inputs(self) -> None:
         for tensor in self._inputs:
@@ -188,13 +182,27 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def base_of(tensor: Tensor) -> Tensor:
+    """The value that a value is a view of, or may be: the end of the chain of views. Itself, if it is none."""
+    while tensor.parent is not None:
+        place = signature(tensor.parent.op).aliased
+        if place is None or tensor.parent._args[place].dtype != tensor.dtype:
+            break
+        tensor = tensor.parent._args[place]
+    return tensor
+
+
+def _affects(known: Signature, op: Operator, args: tuple) -> bool:
+    return bool(known.written) or draws(op, args)
+
+
 def _inputs_of(args: tuple) -> tuple[Tensor, ...]:
     found: list[Tensor] = []
     for value in args:
         if value.__class__ is Tensor:
             found.append(value)
         elif value.__class__ is tuple:
-            found.extend(tensors_in(value))
+            found.extend([item for item in value if item.__class__ is Tensor])
     return tuple(found)
 
 

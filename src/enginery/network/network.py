@@ -198,8 +198,9 @@ class Network:
 
         Shapes and dtypes are known at once. Raises NetworkError if the arguments do not fit the operator.
         """
-        layer = self.add_layer(op, signature(op).normalise(args, kwargs), name=name)
-        return layer.outputs[0] if signature(op).is_single else layer.outputs
+        known = signature(op)
+        outputs = self.add_layer(op, known.normalise(args, kwargs), name=name).outputs
+        return outputs[0] if known.is_single else outputs
 
     def add_layer(
         self,
@@ -212,27 +213,26 @@ class Network:
         """As `call`, with arguments in normal form and, if known, the types of the outputs."""
         if self._guard == "not be changed":
             self._require_open()
+        known = signature(op)
         if types is None:
             types = infer_types(op, args)
         if name is None:
-            name = signature(op).short_name
-            name = f"{self._module_path}.{name}" if self._module_path else name
-        layer = Layer(self, self._claim(name), op, args)
-        layer.module_path = self._module_path
-        layer.provenance = self._provenance
+            name = f"{self._module_path}.{known.short_name}" if self._module_path else known.short_name
+        name = self._claim(name)
+        layer = Layer(self, name, known, op, args)
         if len(types) == 1:
             ((shape, dtype),) = types
-            layer.outputs = (Tensor(self, layer.name, shape, dtype, layer, 0),)
+            layer.outputs = (Tensor(self, name, shape, dtype, layer, 0),)
         else:
             layer.outputs = tuple(
-                [Tensor(self, f"{layer.name}#{i}", shape, dtype, layer, i) for i, (shape, dtype) in enumerate(types)]
+                [Tensor(self, f"{name}#{i}", shape, dtype, layer, i) for i, (shape, dtype) in enumerate(types)]
             )
         layer._hold_inputs()
         if layer._derives_constant():
             for output in layer.outputs:
                 output.is_constant = True
         self._link_before(layer, self._cursor)
-        self._layers[layer.name] = layer
+        self._layers[name] = layer
         return layer
 
     def __call__(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -254,10 +254,7 @@ class Network:
         for output in layer.outputs:
             if output._uses or output.output_names:
                 raise NetworkError(f"layer {layer.name} cannot be erased: {output!r} is still used")
-        layer._release_inputs()
-        self._unlink(layer)
-        del self._layers[layer.name]
-        layer.is_removed = True
+        self._remove(layer)
 
     def remove_constant(self, tensor: Tensor) -> None:
         """Forgets a named constant that nobody reads, and its value. Raises NetworkError otherwise."""
@@ -314,8 +311,23 @@ class Network:
         """Moves a layer in the execution order. The caller keeps definitions before uses (`verify` checks)."""
         self._require_open()
         if layer is not place:
-            self._unlink(layer)
-            self._link_before(layer, place)
+            self._move(layer, place)
+
+    def _remove(self, layer: Layer) -> None:
+        layer._release_inputs()
+        self._unlink(layer)
+        del self._layers[layer.name]
+        layer.is_removed = True
+
+    def _restore(self, layer: Layer, place: Layer | None) -> None:
+        layer._hold_inputs()
+        self._link_before(layer, place)
+        self._layers[layer.name] = layer
+        layer.is_removed = False
+
+    def _move(self, layer: Layer, place: Layer | None) -> None:
+        self._unlink(layer)
+        self._link_before(layer, place)
 
     def _claim(self, name: str) -> str:
         """A name that nothing else has: the given one, or it with a number."""

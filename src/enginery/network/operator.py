@@ -29,6 +29,8 @@ class Signature:
     keyword_only: frozenset[int]
     written: frozenset[int]
     """positions of arguments that the call writes to"""
+    aliased: int | None
+    """position of the argument whose memory the outputs may share"""
     random: bool
     returns: tuple[str, ...]
     bundle: Callable[..., tuple] | None
@@ -116,6 +118,7 @@ def signature(op: Operator) -> Signature:
         types=types,
         keyword_only=frozenset(i for i, argument in enumerate(arguments) if argument.kwarg_only),
         written=written,
+        aliased=next((i for i, argument in enumerate(arguments) if _is_viewed(argument, types[i])), None),
         random=random,
         returns=tuple(str(item.type) for item in schema.returns),
         bundle=_bundle(schema),
@@ -126,6 +129,10 @@ def signature(op: Operator) -> Signature:
         has_effects=bool(written) or random,
         index=MappingProxyType({name: i for i, name in enumerate(names)}),
     )
+
+
+def _is_viewed(argument: Any, text: str) -> bool:
+    return text == "Tensor" and argument.alias_info is not None and not argument.alias_info.is_write
 
 
 def _default(argument: Any, text: str) -> Any:

@@ -111,10 +111,10 @@ class Tensor(TensorMethods):
 
 def _network_of(values: tuple) -> Network:
     for value in values:
-        if type(value) is Tensor:
+        if value.__class__ is Tensor:
             return value.network
-        if type(value) is tuple:
+        if value.__class__ is tuple:
             for item in value:
-                if type(item) is Tensor:
+                if item.__class__ is Tensor:
                     return item.network
     raise NetworkError("a call without a tensor names no network", "Use Network.call")

@@ -34,11 +34,12 @@ def _remembered(op: Operator, key: tuple) -> Types:
 
 def _key(value: Any) -> Any:
     """An argument with its tensors replaced by their types, hashable; equal numbers of two types stay apart."""
-    if isinstance(value, Tensor):
+    kind = value.__class__
+    if kind is Tensor:
         return faketensor.Type(value.shape, value.dtype)
-    if isinstance(value, tuple):
+    if kind is tuple:
         return tuple(map(_key, value))
-    return faketensor.Literal(type(value), value) if isinstance(value, (bool, int, float)) else value
+    return faketensor.Literal(kind, value) if kind is int or kind is float or kind is bool else value
 
 
 def _describe(args: tuple) -> str:

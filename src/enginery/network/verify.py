@@ -11,7 +11,7 @@ import torch
 
 from enginery.errors import NetworkError
 from enginery.network.dim import Dim, Size, symbols_of
-from enginery.network.layer import Layer, tensors_in
+from enginery.network.layer import Layer, base_of, tensors_in
 from enginery.network.operator import Operator, operator_name, signature
 from enginery.network.shapes.sizes import show
 from enginery.network.tensor import Tensor
@@ -148,11 +148,11 @@ def _symbols(network: Network) -> Complaints:
 
 
 def _writes(network: Network) -> Complaints:
-    """Only our own operators write, and only to inputs: the values of a network do not change."""
+    """Only our own operators write, and only to inputs or views of them: other values of a network do not change."""
     for layer in network:
         for place in signature(layer.op).written:
             for tensor in tensors_in(layer.args[place]):
-                if not tensor.is_input:
+                if not base_of(tensor).is_input:
                     yield f"layer {layer.name} writes to {tensor.name}, which is no input"
 
 

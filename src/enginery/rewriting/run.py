@@ -10,24 +10,28 @@ from typing import Any
 
 from enginery.errors import EngineryError, RewriteError, RewriteLimitError
 from enginery.network.collection import paused_collection
-from enginery.network.layer import Layer, tensors_in
+from enginery.network.layer import Layer
 from enginery.network.network import Network
-from enginery.network.operator import signature
-from enginery.network.tensor import Tensor
 from enginery.rewriting.binding import BoundRule, Way
-from enginery.rewriting.edit import Edit, Pair, pairs_of, put_in_order
+from enginery.rewriting.edit import Edit, Pair
+from enginery.rewriting.effects import Effects
 from enginery.rewriting.matcher import ARGS, NETWORK, REASON, Registers, escapes
+from enginery.rewriting.ordering import put_in_order
+from enginery.rewriting.replacement import pairs_of
 from enginery.rewriting.report import Application, Report, RuleReport
 from enginery.rewriting.rule import MatchFailure
 
 
 @dataclass(slots=True, eq=False)
-class _Candidate:
+class Candidate:
     """A way into a rule, with what this run keeps for it."""
 
     way: Way
     fact: RuleReport
     args: Mapping[str, Any]
+
+    def decline(self, reason: str) -> None:
+        self.fact.declined[reason] += 1
 
 
 class Run:
@@ -43,21 +47,20 @@ class Run:
         self.network = network
         self.limit, self.stop_after = limit, stop_after
         self.report = Report(layers_before=len(network), layers_after=len(network))
-        self._candidates: list[_Candidate] = []
+        self._candidates: list[Candidate] = []
         for rule in rules:
             fact = RuleReport(rule.label, rule.location, rule.benefit)
             self.report.rules[rule.label] = fact
             own = {**rule.args, **args}
             if rule.label not in without:
-                self._candidates += [_Candidate(way, fact, own) for way in rule.ways]
+                self._candidates += [Candidate(way, fact, own) for way in rule.ways]
         self._candidates.sort(key=lambda candidate: -candidate.way.rule.benefit)
-        self._by_op: dict[int, tuple[_Candidate, ...]] = {}
+        self._by_op: dict[int, tuple[Candidate, ...]] = {}
         """by the identity of the operator: hashing an OpOverload costs more than a rejected match"""
         self._reach = max((rule.height for rule in rules), default=1)
         self._queue: deque[Layer] = deque()
         self._queued: set[Layer] = set()
-        self._writers: dict[Tensor, list[Layer]] = {}
-        """the layers that write to a tensor"""
+        self._effects = Effects()
         self._journal: list[Edit] = []
 
     def run(self) -> Report:
@@ -84,8 +87,9 @@ class Run:
             queued.discard(layer)
             if layer.is_removed:
                 continue
+            edit = Edit(self.network, layer)
             for candidate in by_op[id(layer.op)]:
-                done = self._offer(candidate, layer)
+                done = self._offer(candidate, layer, edit)
                 now = perf_counter()
                 candidate.fact.milliseconds += (now - clock) * 1e3
                 clock = now
@@ -98,19 +102,18 @@ class Run:
 
     def _enter(self, layer: Layer) -> None:
         if layer.has_effects:
-            for place in signature(layer.op).written:
-                for tensor in tensors_in(layer.args[place]):
-                    self._writers.setdefault(tensor, []).append(layer)
-        self._push(layer)
-
-    def _push(self, layer: Layer) -> None:
+            self._effects.note(layer)
         candidates = self._by_op.get(id(layer.op))
         if candidates is None:
-            candidates = tuple([candidate for candidate in self._candidates if candidate.way.accepts(layer)])
-            self._by_op[id(layer.op)] = candidates
+            candidates = self._candidates_of(layer)
         if candidates and layer not in self._queued:
             self._queued.add(layer)
             self._queue.append(layer)
+
+    def _candidates_of(self, layer: Layer) -> tuple[Candidate, ...]:
+        found = tuple([candidate for candidate in self._candidates if candidate.way.accepts(layer)])
+        self._by_op[id(layer.op)] = found
+        return found
 
     def _tell(self, edit: Edit, pairs: Sequence[Pair], erased: Sequence[Layer]) -> None:
         """Queues all that a change may have made matchable.
@@ -120,33 +123,52 @@ class Run:
         """
         for layer in edit.added:
             self._enter(layer)
-        touched: dict[Layer, None] = {}
-        users = [user for _, new in pairs for user in new._uses]
-        touched.update(dict.fromkeys(users))
+        level = [user for _, new in pairs for user in new._uses]
+        touched = level
         for _ in range(self._reach - 2):
-            users = [user for layer in users for output in layer.outputs for user in output._uses]
-            touched.update(dict.fromkeys(users))
+            level = list(dict.fromkeys([user for layer in level for output in layer.outputs for user in output._uses]))
+            touched = touched + level
         for layer in (*edit.added, *erased):
             for tensor in layer._inputs:
-                parent = tensor.parent
-                if parent is not None:
-                    touched[parent] = None
+                if tensor.parent is not None:
+                    touched.append(tensor.parent)
                 if len(tensor._uses) == 1:
-                    touched.update(dict.fromkeys(tensor._uses))
-        by_op, queued = self._by_op, self._queued
+                    touched.extend(tensor._uses)
+        by_op, queued, queue = self._by_op, self._queued, self._queue
         for layer in touched:
             candidates = by_op.get(id(layer.op))
             if candidates is None:
-                self._push(layer)
-            elif candidates and layer not in queued:
+                candidates = self._candidates_of(layer)
+            if candidates and layer not in queued:
                 queued.add(layer)
-                self._queue.append(layer)
+                queue.append(layer)
 
     # One offer
 
-    def _offer(self, candidate: _Candidate, layer: Layer) -> bool:
+    def _offer(self, candidate: Candidate, layer: Layer, edit: Edit) -> bool:
         """Whether the rule changed the network."""
-        fact, matcher = candidate.fact, candidate.way.matcher
+        try:
+            registers, result = self._propose(candidate, layer)
+            if result is not None:
+                edit.collect()
+                self._carry_out(candidate, edit, registers, result)
+                return True
+        except MatchFailure as failure:
+            candidate.decline(str(failure) or "MatchFailure")
+        except RewriteError:
+            edit.abandon()
+            raise
+        except Exception as error:
+            edit.abandon()
+            detail = error.cause if isinstance(error, EngineryError) else f"{type(error).__name__}: {error}"
+            raise _broken(candidate.way, layer, f"raised {detail}", "Correct the rule") from error
+        edit.abandon()
+        return False
+
+    def _propose(self, candidate: Candidate, layer: Layer) -> tuple[Registers, Any]:
+        """Runs the rule's code: the captures, and what it returned; None if it declined."""
+        way, fact = candidate.way, candidate.fact
+        matcher = way.matcher
         fact.tried += 1
         if matcher is None:
             registers: Registers = [layer, None, None, None]
@@ -154,115 +176,71 @@ class Run:
             registers = matcher.blank.copy()
             if not matcher.step(layer.outputs[matcher.output], registers):
                 if registers[REASON] is not None:
-                    fact.declined[registers[REASON]] += 1
-                return False
+                    candidate.decline(registers[REASON])
+                return registers, None
             fact.matched += 1
         registers[NETWORK], registers[ARGS] = self.network, candidate.args
-        edit = Edit(self.network, layer)
-        try:
-            reason = self._apply(candidate, layer, registers, edit)
-        except MatchFailure as failure:
-            reason = str(failure) or "MatchFailure"
-        except RewriteError:
-            edit.abandon(layer)
-            raise
-        except Exception as error:
-            edit.abandon(layer)
-            detail = error.cause if isinstance(error, EngineryError) else f"{type(error).__name__}: {error}"
-            raise _broken(candidate.way, layer, f"raised {detail}", "Correct the rule") from error
-        if reason is None:
-            return True
-        edit.abandon(layer)
-        fact.declined[reason] += 1
-        return False
-
-    def _apply(self, candidate: _Candidate, root: Layer, registers: Registers, edit: Edit) -> str | None:
-        """Runs the rule's code and carries out what it returns. Gives the reason if it declines."""
-        way, network = candidate.way, self.network
-        matcher = way.matcher
-        with network.appending_before(root):
+        with self.network.appending_before(layer):
             if way.check is not None:
                 verdict = way.check(registers)
                 if verdict is not None and not verdict:
-                    return "match returned False" if matcher is None else "check returned False"
-                candidate.fact.matched += matcher is None
+                    candidate.decline("match returned False" if matcher is None else "check returned False")
+                    return registers, None
+                fact.matched += matcher is None
             result = way.rewrite(registers)
         if result is None or result is False:
-            return "rewrite returned None"
+            candidate.decline("rewrite returned None")
+            return registers, None
+        if matcher is None and way.check is None:
+            fact.matched += 1
+        return registers, result
+
+    def _carry_out(self, candidate: Candidate, edit: Edit, registers: Registers, result: Any) -> None:
+        """Makes the change that a rule asked for, or raises MatchFailure where it cannot be."""
+        way, root = candidate.way, edit.root
+        matcher = way.matcher
         if matcher is None:
-            candidate.fact.matched += way.check is None
             roots, matched, output = [root], {root: None}, 0
         else:
-            roots, matched, output = (
-                [registers[slot] for slot in matcher.roots],
-                matcher.layers(registers),
-                matcher.output,
-            )
-        edit.collect(root)
+            roots, output = [registers[slot] for slot in matcher.roots], matcher.output
+            matched = matcher.layers(registers)
         try:
             pairs = pairs_of(result, roots, output)
         except TypeError as error:
             raise _broken(way, root, str(error), "Return a Tensor, a tuple, a dictionary or None") from None
-        self._check_types(way, root, pairs)
+        _check_types(way, root, pairs)
         replaced = {old.parent: None for old, _ in pairs if old.parent is not None}
         matched.update(replaced)
         if matcher is not None and matcher.policies:
             _check_returns(way, root, registers, replaced, matched)
-        put_in_order(edit, pairs, self._writers)
-        self._check_effects(way, replaced, matched, edit.added)
-        self._commit(candidate, root, edit, pairs, replaced, matched)
+        put_in_order(edit, pairs, self._effects)
+        removes = way.rule.source.removes_effects
+        self._effects.check(pairs, replaced, matched, edit.added, removes=removes, whole=matcher is not None)
+        self._commit(candidate, edit, pairs, replaced, matched)
         if matcher is not None and matcher.policies:
             _copy_escapes(matcher, registers, edit)
-        return None
 
     def _commit(
-        self, candidate: _Candidate, root: Layer, edit: Edit, pairs: Sequence[Pair],
-        replaced: Mapping[Layer, None], matched: Mapping[Layer, None],
+        self, candidate: Candidate, edit: Edit, pairs: Sequence[Pair], replaced: Mapping[Layer, None],
+        matched: Mapping[Layer, None],
     ) -> None:  # fmt: skip
-        label = candidate.way.rule.label
+        rule, root = candidate.way.rule, edit.root
         names = tuple([layer.name for layer in matched])
-        edit.sign(label, names)
-        erased = []
-        for pair in pairs:
-            edit.replace((pair,))
-            if len(pairs) > 1 and pair[0].parent is not None:  # a root that is gone need not be given its new inputs
-                erased += edit.erase_unused(replaced, (pair[0].parent,))
-        if candidate.way.rule.source.changes_shape or candidate.way.rule.source.changes_dtype:
+        edit.sign(rule.label, names)
+        erased: list[Layer] = []
+        for old, new in pairs:
+            edit.replace(old, new)
+            if len(pairs) > 1 and old.parent is not None:  # a root that is gone need not be given its new inputs
+                erased += edit.erase_unused(replaced, (old.parent,))
+        if rule.source.changes_shape or rule.source.changes_dtype:
             edit.retype(pairs)
         erased += edit.erase_unused(replaced, matched)
         self._journal.append(edit)
         candidate.fact.rewritten += 1
         added = tuple([layer.name for layer in edit.added])
         gone = tuple([layer.name for layer in erased])
-        self.report.applications.append(Application(label, root.name, root.module_path, names, added, gone))
+        self.report.applications.append(Application(rule.label, root.name, root.module_path, names, added, gone))
         self._tell(edit, pairs, erased)
-
-    def _check_types(self, way: Way, root: Layer, pairs: Sequence[Pair]) -> None:
-        rule = way.rule.source
-        for old, new in pairs:
-            if new.network is not self.network or (new.parent is not None and new.parent.is_removed):
-                raise _broken(way, root, f"returned {new.name}, which is not in this network")
-            if (new.shape != old.shape and not rule.changes_shape) or (
-                new.dtype != old.dtype and not rule.changes_dtype
-            ):
-                fix = "Cast or reshape the replacement, or declare changes_dtype or changes_shape on the rule"
-                raise _broken(way, root, f"returned {new!r} for {old!r}", fix)
-
-    def _check_effects(
-        self, way: Way, replaced: Mapping[Layer, None], matched: Mapping[Layer, None], added: Sequence[Layer]
-    ) -> None:
-        """Effects are barriers: none is removed, and no read of a tensor moves over a write to it."""
-        for layer in replaced:
-            if layer.has_effects and not way.rule.source.removes_effects and not _covers(added, layer):
-                raise MatchFailure(f"it would remove the effect of {layer.name}")
-        if not self._writers:
-            return
-        earliest = min(layer.order for layer in matched)
-        for layer in added:
-            for tensor in layer._inputs:
-                for writer in self._writers.get(tensor, ()):
-                    if not writer.is_removed and writer not in matched and earliest < writer.order < layer.order:
-                        raise MatchFailure(f"it would read {tensor.name} after {writer.name} wrote to it")
 
     def _limit_error(self, layer: Layer) -> RewriteLimitError:
         recent = self.report.applications[len(self.report.applications) // 2 :]
@@ -281,6 +259,16 @@ def _broken(way: Way, layer: Layer, what: str, fix: str = "") -> RewriteError:
     label = way.rule.label
     cause = f"rule {label} {what} (at layer {layer.name}; {way.rule.location})"
     return RewriteError(cause, fix, rule=label, layer=layer.name)
+
+
+def _check_types(way: Way, root: Layer, pairs: Sequence[Pair]) -> None:
+    rule, network = way.rule.source, root.network
+    for old, new in pairs:
+        if new.network is not network or (new.parent is not None and new.parent.is_removed):
+            raise _broken(way, root, f"returned {new.name}, which is not in this network")
+        if (new.shape != old.shape and not rule.changes_shape) or (new.dtype != old.dtype and not rule.changes_dtype):
+            fix = "Cast or reshape the replacement, or declare changes_dtype or changes_shape on the rule"
+            raise _broken(way, root, f"returned {new!r} for {old!r}", fix)
 
 
 def _check_returns(
@@ -303,17 +291,6 @@ def _copy_escapes(matcher: Any, registers: Registers, edit: Edit) -> None:
         with edit.network.inserting_before(layer.users[0], provenance=layer.provenance):
             copy = edit.network.add_layer(layer.op, layer.args)
         edit.added.append(copy)
-        edit.replace(list(zip(layer.outputs, copy.outputs, strict=True)))
+        for old, new in zip(layer.outputs, copy.outputs, strict=True):
+            edit.replace(old, new)
         edit.erase_unused((), [layer])
-
-
-def _covers(added: Sequence[Layer], old: Layer) -> bool:
-    """The new layers have the effects of the old one: they write what it wrote, and one draws if it drew."""
-    known = signature(old.op)
-    written = {tensor for place in known.written for tensor in tensors_in(old.args[place])}
-    draws = known.random
-    for layer in added:
-        new = signature(layer.op)
-        written -= {tensor for place in new.written for tensor in tensors_in(layer.args[place])}
-        draws = draws and not new.random
-    return not written and not draws
