@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tests.benchmarks.conftest import BENCHMARKS
 
+import gpu
 from decoder import tables
 from decoder.profile import group_of, summarize
 from decoder.protocol import GROUPS, TARGETS, Sizes
