@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
@@ -40,7 +41,10 @@ class EngineOptions:
         None
     )
     rule: Annotated[
-        list[str] | None, typer.Option(help="A rule of your own, FILE.py:ClassName (repeatable); runs that file.")
+        list[str] | None,
+        typer.Option(
+            help="A rule of your own, FILE.py:ClassName, whose file is run; or one that is off by default (repeatable)."
+        ),
     ] = None
 
     def arguments(self) -> dict[str, Any]:
@@ -92,3 +96,15 @@ def takes(options_type: type) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
+
+
+def parse_options(text: str) -> EngineOptions:
+    """The options of a configuration from one string, as on a command line."""
+
+    @takes(EngineOptions)
+    def configuration(options: EngineOptions) -> EngineOptions:
+        return options
+
+    parser = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    parser.command()(configuration)
+    return typer.main.get_command(parser).main(shlex.split(text), standalone_mode=False)

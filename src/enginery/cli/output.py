@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from enginery.errors import UsageError
 
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False))
+
+
+def print_note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def print_warning(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def write_atomically(file: Path, text: str, flag: str) -> None:
+    """The old file or the new one, never half. Raises UsageError naming the flag where nothing can be written."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with draft.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(file)
+    except OSError as error:
+        raise UsageError(f"{flag} {file}: {error.strerror or error}", "Give a file that can be written") from None
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -2,7 +2,8 @@
 
 `Matcher` answers yes or no, as fast as it can. Here the same patterns are walked step by step, every way is tried, and
 what ended each of them is remembered with how far it had come. To find *which* layer came nearest costs one run of the
-matcher per candidate: its registers show how many parts had matched.
+matcher per candidate: its registers show how many parts had matched. Where all of them do, the rule's own code is
+tried.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from enginery.rewriting.pattern import (
     users_of,
 )
 from enginery.rewriting.rule import MatchFailure, PatternRewriter
+from enginery.rewriting.trial import decline
 
 
 @dataclass(frozen=True)
@@ -56,27 +58,32 @@ class Miss:
 
 
 def explain(network: Network, rule: PatternRewriter, *, label: str | None = None) -> Miss | None:
-    """The nearest miss of a rule, or None if its pattern and its `check` accept some layer. Nothing is changed."""
+    """The nearest miss of a rule, or None if it would rewrite some layer. The network is as before afterwards."""
     bound = bind(label or type(rule).__name__, rule)
     return nearest_miss(network, bound)
 
 
 def nearest_miss(network: Network, bound: BoundRule) -> Miss | None:
+    """A layer at which pattern and `check` fit and only the rule's code declines is nearer than any other."""
+    declined: Miss | None = None
     best: tuple[int, Layer, Matcher] | None = None
     for way in bound.ways:
         matcher = way.matcher
-        if matcher is None:
-            return _imperative_miss(network, bound, way)
         for layer in network:
             if not way.accepts(layer):
                 continue
-            matched, registers = matcher.attempt(layer)
+            matched, registers = matcher.attempt(layer) if matcher is not None else (True, [layer, None, None, None])
             if matched:
-                reason = refusal(network, way, registers)
-                return None if reason is None else Miss(bound.label, layer.name, len(registers), reason)
-            written = len(registers) - registers.count(None)
-            if best is None or written > best[0]:
-                best = written, layer, matcher
+                reason = refusal(network, way, registers) or decline(network, way, layer, registers)
+                if reason is None:
+                    return None
+                declined = declined or Miss(bound.label, layer.name, len(registers), reason)
+            elif matcher is not None:
+                written = len(registers) - registers.count(None)
+                if best is None or written > best[0]:
+                    best = written, layer, matcher
+    if declined is not None:
+        return declined
     if best is None:
         return Miss(bound.label, "", 0, f"the network has no {_wanted(bound)}")
     _, layer, matcher = best
@@ -102,18 +109,6 @@ def refusal(network: Network, way: Way, registers: Registers) -> str | None:
     except MatchFailure as failure:
         return str(failure) or "check declined"
     return None if verdict is None or verdict else "check returned False"
-
-
-def _imperative_miss(network: Network, bound: BoundRule, way: Way) -> Miss | None:
-    """An imperative rule can be asked for its reasons only."""
-    last = None
-    for layer in network:
-        if way.accepts(layer):
-            reason = refusal(network, way, [layer, None, network, bound.args])
-            if reason is None:
-                return None
-            last = Miss(bound.label, layer.name, 0, reason)
-    return last or Miss(bound.label, "", 0, f"the network has no {_wanted(bound)}")
 
 
 def why(roots: Sequence[Pattern], layer: Layer, constraints: Sequence[Constraint] = ()) -> tuple[int, str] | None:
