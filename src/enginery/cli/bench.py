@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from enginery.llm import LLM
     from enginery.runtime.outputs import RequestOutput
 
+WARM_UP = 64
+"""requests that run before the measured ones, for a few tokens"""
 FIRST_TOKEN_ID = 3
 """smaller ids are special tokens in most vocabularies"""
 
@@ -59,19 +61,27 @@ def latency(
     model: Model = None,
     batch_size: Annotated[int, typer.Option(help="Requests at once.")] = 1,
     input_len: InputLen = 32,
-    output_len: OutputLen = 64,
-    repeats: Annotated[int, typer.Option(help="Measured runs behind one warm-up; the median is printed.")] = 5,
+    output_len: OutputLen = 65,
+    repeats: Annotated[int, typer.Option(help="Measured runs behind one warm-up; the best is printed.")] = 2,
     as_json: Json = False,
 ) -> None:
-    """Time to first token, time per output token and tokens/s of one batch."""
+    """Time to first token and milliseconds per step of one batch.
+
+    A step's time is (time for all tokens - time for one) / (tokens - 1). Prefix cache off.
+    """
     check_positive(batch_size=batch_size, input_len=input_len, output_len=output_len, repeats=repeats)
     with open_llm(model, options, as_json) as llm:
-        runs = []
-        for repeat in range(repeats + 1):
-            outputs, seconds = Load([input_len] * batch_size, [output_len] * batch_size, seed=repeat).run(llm)
-            runs.append(request_times(outputs) | {"tokens/s": batch_size * output_len / seconds, "total, s": seconds})
-        medians = {name: statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
-        show(medians | host_times(llm), as_json)
+
+        def seconds(new: int) -> float:
+            return Load([input_len] * batch_size, [new] * batch_size).run(llm)[1]
+
+        seconds(output_len)
+        first = min(seconds(1) for _ in range(repeats))
+        values = {"time to first token, ms": 1e3 * first, "input tokens/s": batch_size * input_len / first}
+        if output_len > 1:
+            step = (min(seconds(output_len) for _ in range(repeats)) - first) / (output_len - 1)
+            values |= {"per step, ms": 1e3 * step, "output tokens/s": batch_size / step if step > 0 else 0.0}
+        show(values | host_times(llm), as_json)
 
 
 @takes(RunOptions)
@@ -95,7 +105,8 @@ def throughput(
 
     load = Load(lengths(input_len), lengths(output_len))
     with open_llm(model, options, as_json) as llm:
-        Load([8], [4], seed=1).run(llm)
+        warm = load.input_lengths[:WARM_UP]
+        Load(warm, [4] * len(warm), seed=1).run(llm)
         outputs, seconds = load.run(llm)
         totals = {
             "requests/s": num_prompts / seconds,
