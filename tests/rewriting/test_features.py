@@ -48,7 +48,8 @@ def test_01_why_it_did_not_match_for_all_rules_at_once():
         rule(F.silu(F.linear(Var("x"), Const("w"))) * F.sigmoid(Var("x")), name="Deep"),
         rule(F.silu(Var("x")) * F.relu(Var("x")), name="Same"),
         rule(F.gelu(Var("x")), name="Absent"),
-        rule(F.relu(Var("x")), name="Fits"),
+        rule(F.relu(Var("x")), name="Fits", rewrite=lambda self, x: F.silu(x)),
+        rule(F.relu(Var("x")), name="Declines"),
         rule(F.relu(Var("x")), name="Checked", check=lambda self, x: x.name == "y"),
     )
     misses = manager.explain(network)
@@ -56,6 +57,7 @@ def test_01_why_it_did_not_match_for_all_rules_at_once():
     assert str(misses["Same"]) == "Same: nearest miss at mul: x is linear (aten.linear) already, not x (input)"
     assert str(misses["Absent"]) == "Absent: the network has no aten.gelu"
     assert misses["Fits"] is None
+    assert "nearest miss at relu: its code declines by `def rule(" in str(misses["Declines"])
     assert misses["Checked"].reason == "check returned False"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -114,21 +112,6 @@ def test_a_rule_that_raises_is_named() -> None:
     with pytest.raises(RewriteError, match="Broken") as caught:
         run_phases(Network.parse(DECODER), PipelineConfig(rules=(Broken(),)))
     assert caught.value.layer == "s"
-
-
-def test_dump_and_debug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("ENGINERY_DUMP", str(tmp_path / "dump"))
-    monkeypatch.setenv("ENGINERY_DEBUG", "3")
-    run_phases(Network.parse(DECODER))
-    written = sorted(path.name for path in (tmp_path / "dump").iterdir())
-    assert len(written) == 2 * len(PHASES)
-    assert {"0-canonicalise.txt", "0-canonicalise.py"} <= set(written)
-    last = (tmp_path / "dump" / f"{len(PHASES) - 1}-{PHASES[-1].name}.txt").read_text()
-    Network.parse(last).verify()
-    error = capsys.readouterr().err
-    assert "canonicalise:" in error
-    assert "MergeParallelLinears: q" in error
-    assert "declined" in error
 
 
 MIXING = {

@@ -93,8 +93,8 @@ def equation(location: str) -> str:
     number = int(line)
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     around = [node for node in classes if node.lineno <= number <= (node.end_lineno or 0)]
-    texts = [ast.get_docstring(node) for node in (*around[-1:], tree)]
-    return " ".join(next((text for text in texts if text), "").partition("\n\n")[0].split())
+    own = ast.get_docstring(around[-1]) if around else None
+    return " ".join((own or ast.get_docstring(tree) or "").partition("\n\n")[0].split())
 
 
 # Parts
