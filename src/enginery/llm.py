@@ -116,6 +116,7 @@ def _build(checkpoint: Checkpoint, config: BuildConfig, directory: Path | None, 
 
 def import_network(checkpoint: Checkpoint, config: BuildConfig) -> Imported:
     """The network of a checkpoint as it is before any rule, and the facts of its model."""
+    config.resolved_device()  # a device that is not there is told before the seconds of an import
     from enginery.frontends.huggingface import import_checkpoint  # here: transformers takes seconds to import
 
     return import_checkpoint(checkpoint, dtype=config.torch_dtype)
