@@ -112,7 +112,9 @@ def _figure(line: Mapping[str, Any]) -> str:
 
 def tables(record: Record) -> str:
     """The measured tables of docs/performance.md."""
-    return "\n\n".join([_provenance(record), _main_table(record), "\n".join(_details(record)), *_profiles(record)])
+    return "\n\n".join(
+        [_provenance(record), _limits(record), _main_table(record), "\n".join(_details(record)), *_profiles(record)]
+    )
 
 
 def put_into(document: Path, text: str) -> None:
@@ -132,6 +134,17 @@ def _provenance(record: Record) -> str:
     days = sorted({line["when"][:10] for line in record["results"].values() if "when" in line})
     dates = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else "never"
     return f"{machine}{driver}, {packages}, measured {dates}."
+
+
+def _limits(record: Record) -> str:
+    """What the limits were computed from."""
+    wide, narrow = (roofline(record["results"], dtype) for dtype in DTYPES)
+    ceilings = wide.ceilings
+    return (
+        f"Limits from {ceilings.read / 1e12:.2f} TB/s, {ceilings.bf16 / 1e12:.0f} TFLOP/s in bfloat16 and "
+        f"{ceilings.fp8 / 1e12:.0f} in float8; {wide.weight_bytes / 1e9:.2f} GB of weights in bfloat16, "
+        f"{narrow.weight_bytes / 1e9:.2f} in float8, {wide.shape.kv_bytes >> 10} KiB of KV per token."
+    )
 
 
 def _main_table(record: Record) -> str:
