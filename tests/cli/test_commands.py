@@ -74,6 +74,7 @@ def test_help_imports_no_torch() -> None:
     [
         (("run", "/no/such/model", "hi"), 3, "/no/such/model does not exist. Give a model directory"),
         (("run", "--dtype", "int3", "hi"), 2, "dtype is 'int3'. Set --dtype to one of"),
+        (("run", "--quantization", "int3", "hi"), 2, "quantization is 'int3'. Set --quantization to one of fp8"),
         (("run", "--backend", "magic", "hi"), 2, "backend is 'magic'. Set --backend to one of"),
         (("run", "--max-model-len", "lots", "hi"), 2, "--max-model-len 'lots' is not a count"),
         (("run", "--max-model-len", "99999", "hi"), 2, "Set --max-model-len to at most 1024"),

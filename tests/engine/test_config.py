@@ -19,6 +19,7 @@ from enginery.errors import UsageError
     [
         ({"dtype": "float8"}, "--dtype"),
         ({"device": "tpu"}, "--device"),
+        ({"quantization": "int3"}, "--quantization to one of fp8"),
         ({"backend": "fast"}, "--backend"),
         ({"max_model_len": 0}, "--max-model-len"),
         ({"max_model_len": True}, "--max-model-len"),
@@ -42,6 +43,7 @@ def test_the_cache_key_is_json_and_follows_the_content_only() -> None:
         assert json.dumps(dataclasses.replace(base, **same).cache_key()) == key
     for other in (
         {"dtype": "bfloat16"},
+        {"quantization": "fp8"},
         {"disabled_rules": ("PackLinears",)},
         {"device": "cpu"},
     ):
