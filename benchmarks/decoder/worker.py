@@ -257,9 +257,9 @@ def _sampled_load(job: Job, runner: Runner, arm: Arm) -> Result:
 
 
 def _ceilings(job: Job, runner: Runner, arm: Arm) -> Result:
-    """bytes/s of a reduction over 4 GB; flop/s of the products of large square matrices of random numbers."""
+    """bytes/s of a reduction over 2 GB; flop/s of the products of large square matrices of random numbers."""
     cuda = job.device == "cuda"
-    data = torch.ones(1 << (30 if cuda else 20), device=job.device)
+    data = torch.ones(1 << (29 if cuda else 20), device=job.device)
     read = data.nbytes / _least(data.sum, cuda)
     del data
     size = 8192 if cuda else 128

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from enginery.engine import gpu
+from enginery.engine.code_cache import fingerprint
 from enginery.engine.config import BuildConfig
 from enginery.errors import DeviceError, EngineryWarning, StepError, UsageError
 
@@ -135,3 +136,14 @@ def test_a_lost_device_is_told_from_a_failed_step() -> None:
     assert "another GPU" in str(
         gpu.step_error("region layer", RuntimeError("CUDA error: no kernel image is available"))
     )
+
+
+def test_compiled_code_belongs_to_one_gpu_and_one_cuda(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine()
+    known = {fingerprint("cuda")}
+    for name, value in (("get_device_name", "another GPU"), ("get_device_capability", (10, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        known.add(fingerprint("cuda"))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    known |= {fingerprint("cuda"), fingerprint("cpu")}
+    assert len(known) == 5
