@@ -78,3 +78,15 @@ def test_compiled_equals_eager(tmp_path: Path, in_cache: None) -> None:
         assert (logits - expected).norm() / expected.norm() < LOGITS
         # A rounding of 32 bits that falls the other way moves a value of 8 bits by a whole step: rarely, and few.
         assert (logits - eager.execute(inputs)).norm() / expected.norm() < LOGITS / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_on_a_gpu(quantization: str | None, tmp_path: Path) -> None:
+    """In bfloat16: linear layers run by the GPU's own kernels, or in 8-bit floats."""
+    model = Decoder(layers=2).bfloat16()
+    config = dataclasses.replace(CONFIG, quantization=quantization, device="cuda")
+    engine = build(imported(model), reader(model), config, tmp_path / "engine")
+    assert engine.manifest.device == "cuda"
+    for inputs, expected in steps(model):
+        assert (engine.execute(inputs).cpu() - expected).norm() / expected.norm() < 1.5 * LOGITS

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -31,6 +36,25 @@ def test_product(tiles: kernels.Tiles, rows: int, features: int, depth: int, dty
     close(kernels.skinny_linear(input, weight, bias, tiles=tiles), expected)
 
 
+@pytest.mark.parametrize("rows", [17, 32, 50])
+@pytest.mark.parametrize("features", [64, 37])
+def test_more_rows_than_sixteen(rows: int, features: int) -> None:
+    input = torch.randn(rows, 96, device=DEVICE).half()
+    weight = torch.randn(features, 96, device=DEVICE).half()
+    tiles = kernels.Tiles("tiles", 16, 32, 4, 2)
+    close(kernels.skinny_linear(input, weight, tiles=tiles), input.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("features", [4096, 6144, 28672])
+@pytest.mark.parametrize("shared_memory", [99 << 10, 163 << 10, 227 << 10])
+def test_the_tiles_that_are_chosen_fit_into_shared_memory(rows: int, features: int, shared_memory: int) -> None:
+    tiles = kernels.choose_tiles(rows, features, 2, shared_memory)
+    columns = kernels.padded(rows) if tiles.kernel == "tiles" else rows
+    assert (tiles.block_n + columns) * tiles.block_k * 2 * tiles.num_stages <= shared_memory
+    assert tiles.num_stages >= 2
+
+
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 def test_rows_with_a_stride_and_without_bias(tiles: kernels.Tiles) -> None:
     input = torch.randn(5, 192, device=DEVICE)[:, 64:128]
@@ -57,10 +81,83 @@ def test_a_row_does_not_depend_on_the_others(tiles: kernels.Tiles) -> None:
     torch.testing.assert_close(together[:9], few, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(16,), (2, 3, 16), (17, 16), (0, 16)])
+@pytest.mark.parametrize("shape", [(16,), (2, 3, 16), (17, 16), (65, 16), (0, 16)])
 def test_linear_takes_any_leading_shape(shape: tuple[int, ...]) -> None:
     input, weight = torch.randn(shape, device=DEVICE), torch.randn(24, 16, device=DEVICE)
     actual = kernels.linear(input, weight)
     expected = torch.nn.functional.linear(input.double(), weight.double())
     assert actual.shape == expected.shape
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("depth", "wanted", "expected"), [(4096, 512, 512), (4096, 1 << 20, 4096), (44, 512, 0)], ids=str
+)
+def test_what_is_asked_for_ahead_lies_within_the_rows(depth: int, wanted: int, expected: int) -> None:
+    """Nothing where rows do not begin at multiples of 16 bytes."""
+    assert kernels.prefetched(torch.zeros(8, depth, dtype=torch.bfloat16, device=DEVICE), wanted) == expected
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from enginery.kernels.triton import linear
+
+def compiled(kernel, **constants):
+    names = kernel.arg_names
+    types = {"rows": "i32", "features": "i32", "input_stride": "i32"}
+    pointers = ("input", "weight", "scale", "bias", "output")
+    signature = {name: "*bf16" if name in pointers else types.get(name, "constexpr") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=places, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"launch_pdl": True})
+
+shared = dict(DEPTH=4096, SCALES=0, HAS_BIAS=True, OVERLAP=True)
+for kernel, extra in (
+    (linear.linear_rows, dict(ROWS=1, BLOCK_N=8, BLOCK_K=512, STAGES=3, AHEAD=1536)),
+    (linear.linear_tiles, dict(ROWS=32, BLOCK_N=64, BLOCK_K=128, STAGES=8, AHEAD=1024, PRECISION="tf32")),
+):
+    code = compiled(kernel, **shared, **extra)
+    parts = ("griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2", "griddepcontrol.wait", "cp.async.cg")
+    print(code.metadata.shared, *sorted(parts, key=code.asm["ptx"].index))
+"""
+
+
+def test_the_code_for_a_gpu_asks_for_weights_waits_and_then_reads(tmp_path: Path) -> None:
+    """Compiled for compute capability 9.0 without a GPU, by another process, for this one may interpret."""
+    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(run, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    order = "griddepcontrol.launch_dependents cp.async.bulk.prefetch.L2 griddepcontrol.wait cp.async.cg"
+    shared, orders = zip(*(line.split(" ", 1) for line in done.stdout.splitlines()), strict=True)
+    assert orders == (order, order)
+    assert max(map(int, shared)) <= kernels.H200_SHARED_MEMORY
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 7, 16, 32, 48])
+def test_a_chain_in_a_graph_reads_what_was_written_before(rows: int) -> None:
+    """Launches overlap on the GPUs that can: every replay has another input, and an early read would show."""
+    features = 2048
+    weights = [(torch.randn(features, features, device="cuda") / features**0.5).bfloat16() for _ in range(6)]
+    source = torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
+
+    def chain(function, hidden):
+        for index, weight in enumerate(weights):
+            hidden = function(hidden, weight)
+            hidden = hidden * 2 if index == 2 else hidden  # a kernel that does not overlap, in between
+        return hidden
+
+    chain(kernels.linear, source)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = chain(kernels.linear, source)
+    for _ in range(20):
+        source.copy_(torch.randn(rows, features, device="cuda"))
+        graph.replay()
+        expected = chain(torch.nn.functional.linear, source)
+        torch.testing.assert_close(output.float(), expected.float(), rtol=0.05, atol=0.05)

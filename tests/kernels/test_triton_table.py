@@ -33,3 +33,16 @@ def test_the_dispatcher_calls_the_kernel_and_a_graph_can_hold_it() -> None:
         output = ops.paged_attention(*arguments)
     graph.replay()
     torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.gpu
+def test_linear_is_called_through_the_dispatcher() -> None:
+    row = next(row for row in TABLE.load("cuda") if row.op == "linear")
+    assert row.kernel == "Triton"
+    for shape in ((1, 256), (2, 16, 256), (300, 256)):
+        input = torch.randn(shape, device="cuda").bfloat16()
+        weight, bias = torch.randn(96, 256, device="cuda").bfloat16(), torch.randn(96, device="cuda").bfloat16()
+        torch.cuda.synchronize()  # the weight must be written before the call
+        expected = ops.reference(ops.linear)(input.double(), weight.double(), bias.double())
+        found = ops.linear(input, weight, bias).double()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
