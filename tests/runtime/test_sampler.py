@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from enginery.runtime.batch import SamplingInputs, uniform_noise
+from enginery.runtime.candidates import top_candidates
 from enginery.runtime.edits import LogitsEdits
-from enginery.runtime.logprobs import top_candidates, top_logprobs
+from enginery.runtime.logprobs import top_logprobs
 from enginery.runtime.sampler import Sampler
 from enginery.runtime.sampling_params import SamplingParams
 

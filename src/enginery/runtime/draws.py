@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from enginery.runtime.logprobs import BLOCK, top_candidates
+from enginery.runtime.candidates import BLOCK, candidates_on_device, candidates_on_host
 
 CANDIDATES = 128
-"""Most likely tokens that a narrow draw looks at."""
+"""Most likely tokens that a draw looks at first, and as many as a narrow one needs."""
 _UNIT = 2.0**40
 """The mass of a row's most likely token."""
 _BELOW_1 = 1.0 - 2.0**-53
@@ -40,18 +40,9 @@ class Parameters:
     noise: Tensor
     """float64"""
     min_p: Tensor | None
-    """float64; None: 0 everywhere"""
-
-    def take(self, members: Tensor) -> Parameters:
-        """Those of some rows."""
-        return Parameters(
-            self.best[members],
-            self.temperature[members],
-            self.top_k[members],
-            self.top_p[members],
-            self.noise[members],
-            None if self.min_p is None else self.min_p[members],
-        )
+    """float32; None: 0 everywhere"""
+    most: int
+    """No smaller than any top_k, on the host."""
 
 
 class Draws:
@@ -68,13 +59,14 @@ class Draws:
         best, token_ids = logits.max(dim=1)
         return best, token_ids
 
-    def narrow(self, logits: Tensor, parameters: Parameters) -> Tensor:
-        """min_p, top_k up to `CANDIDATES`, then top_p."""
-        return self._by_rank(logits, parameters, min(CANDIDATES, logits.shape[1]))
-
-    def wide(self, logits: Tensor, parameters: Parameters) -> Tensor:
-        """min_p, any top_k, then top_p: by a full sort."""
-        return self._by_rank(logits, parameters, logits.shape[1])
+    def ranked(self, logits: Tensor, parameters: Parameters) -> Tensor:
+        """min_p, top_k, then top_p."""
+        values, columns = self._candidates(logits, min(parameters.most, logits.shape[1]))
+        masses = _masses(self._weights(values, parameters))
+        ranks = torch.arange(masses.shape[1], device=logits.device)
+        masses.masked_fill_(ranks >= parameters.top_k, 0)
+        floor = masses.gather(1, _last_kept(masses, parameters.top_p, masses.sum(dim=1, keepdim=True)))
+        return columns.gather(1, _invert(masses.masked_fill_(masses < floor, 0), parameters.noise)).squeeze(1)
 
     def open(self, logits: Tensor, parameters: Parameters) -> Tensor:
         """min_p only."""
@@ -86,13 +78,8 @@ class Draws:
         floor = nucleus_floor(weights, parameters.top_p)
         return _descend(weights.masked_fill_(weights < floor, 0.0), parameters.noise)
 
-    def _by_rank(self, logits: Tensor, parameters: Parameters, count: int) -> Tensor:
-        values, columns = top_candidates(logits, count)
-        masses = _masses(self._weights(values, parameters))
-        ranks = torch.arange(count, device=logits.device)
-        masses.masked_fill_(ranks >= parameters.top_k, 0)
-        floor = _floor_of_sorted(masses, parameters.top_p, masses.sum(dim=1, keepdim=True))
-        return columns.gather(1, _invert(masses.masked_fill_(masses < floor, 0), parameters.noise)).squeeze(1)
+    def _candidates(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return candidates_on_device(logits, count)
 
     def _weights(self, logits: Tensor, parameters: Parameters) -> Tensor:
         """Probabilities over the row's largest, in place of the logits; below min_p, 0."""
@@ -114,22 +101,22 @@ class HostDraws(Draws):
         return torch.from_numpy(array[np.arange(len(array)), token_ids]), torch.from_numpy(token_ids)
 
     def nucleus(self, logits: Tensor, parameters: Parameters) -> Tensor:
-        """Among ever more candidates, until they hold the nucleus."""
+        """Among few candidates, if they hold the nucleus."""
+        values, columns = self._candidates(logits, min(CANDIDATES, logits.shape[1]))
+        masses = _masses(self._weights(values, parameters))
         weights = self._weights(logits, parameters)
         total = _block_sums(weights).double().sum(dim=1, keepdim=True) * _UNIT
-        token_ids = torch.empty(len(weights), dtype=torch.int64)
-        rows = torch.arange(len(weights))
-        for count in (CANDIDATES, 16 * CANDIDATES, weights.shape[1]):
-            count = min(count, weights.shape[1])
-            values, columns = top_candidates(weights, count)
-            masses = _masses(values)
-            floor = _floor_of_sorted(masses, parameters.top_p, total)
-            is_cut = (masses[:, -1:] >= floor).squeeze(1)
-            token_ids[rows] = columns.gather(1, _invert(masses.masked_fill_(masses < floor, 0), parameters.noise))[:, 0]
-            if count == weights.shape[1] or not is_cut.any():
-                break
-            rows, weights, total, parameters = rows[is_cut], weights[is_cut], total[is_cut], parameters.take(is_cut)
+        floor = masses.gather(1, _last_kept(masses, parameters.top_p, total))
+        goes_on = (masses[:, -1:] >= floor).squeeze(1)
+        token_ids = columns.gather(1, _invert(masses.masked_fill_(masses < floor, 0), parameters.noise)).squeeze(1)
+        if goes_on.any():
+            weights, noise = weights[goes_on], parameters.noise[goes_on]
+            floor = _nucleus_floor_by_sort(weights, parameters.top_p[goes_on])
+            token_ids[goes_on] = _descend(weights.masked_fill_(weights < floor, 0.0), noise)
         return token_ids
+
+    def _candidates(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return candidates_on_host(logits, count)
 
     def _exp(self, values: Tensor) -> Tensor:
         np.exp(values.numpy(), out=values.numpy())
@@ -162,12 +149,18 @@ def nucleus_floor(weights: Tensor, top_p: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _floor_of_sorted(masses: Tensor, top_p: Tensor, total: Tensor) -> Tensor:
-    """`[M, 1]`, of masses `[M, K]`, largest first: the least of those that top_p keeps. A token stays while the mass
-    before it is less than top_p of the total: the one that crosses the line stays too."""
+def _nucleus_floor_by_sort(weights: Tensor, top_p: Tensor) -> Tensor:
+    """`nucleus_floor` on a host, where a sort is faster than counting."""
+    ordered = torch.from_numpy(np.sort(weights.numpy(), axis=1)).flip(1)
+    masses = _masses(ordered)
+    return ordered.gather(1, _last_kept(masses, top_p, masses.sum(dim=1, keepdim=True)))
+
+
+def _last_kept(masses: Tensor, top_p: Tensor, total: Tensor) -> Tensor:
+    """`[M, 1]`, of masses `[M, K]`, largest first: the place of the least one that top_p keeps. A token stays while
+    the mass before it is less than top_p of the total: the one that crosses the line stays too."""
     before = masses.cumsum(dim=1) - masses
-    kept = (before < top_p * total).sum(dim=1, keepdim=True)
-    return masses.gather(1, (kept - 1).clamp_(min=0))
+    return ((before < top_p * total).sum(dim=1, keepdim=True) - 1).clamp_(min=0)
 
 
 def _descend(weights: Tensor, noise: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Logprobs of the chosen and of the most likely tokens, and the search for those."""
+"""Logprobs of the chosen and of the most likely tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from enginery.runtime.candidates import top_candidates
 from enginery.runtime.transfers import Download, upload
-
-BLOCK = 64
-"""Tokens per block of the vocabulary; a block is summed up by its largest logit or its mass."""
 
 
 @dataclass(slots=True)
@@ -60,41 +58,3 @@ def logprob_tensors(logits: Tensor, chosen: Tensor, count: int) -> list[Tensor]:
         token_ids[:, :count],
         (values - normalizer)[:, :count],
     ]
-
-
-def top_candidates(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row of `[M, V]` and their columns, largest first, equal ones by column.
-
-    The k largest elements lie in the k blocks of largest maximum, so two small selections replace a large one.
-    """
-    num_rows, size = logits.shape
-    num_blocks = size // BLOCK
-    if count * 2 >= num_blocks:
-        return _largest(logits, count)
-    whole = num_blocks * BLOCK
-    blocks = logits[:, :whole].unflatten(1, (num_blocks, BLOCK))
-    chosen = torch.topk(blocks.amax(dim=2), count, dim=1, sorted=False).indices.sort(dim=1).values
-    columns = (chosen.unsqueeze(2) * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
-    if whole == size and logits.is_contiguous():
-        flat = chosen + torch.arange(num_rows, device=logits.device).unsqueeze(1) * num_blocks
-        elements = logits.view(-1, BLOCK).index_select(0, flat.flatten()).view(num_rows, -1)
-    else:
-        tail = torch.arange(whole, size, device=logits.device).expand(num_rows, -1)
-        columns = torch.cat([columns, tail], dim=1)
-        elements = logits.gather(1, columns)
-    values, places = _largest(elements, count)
-    return values, columns.gather(1, places)
-
-
-def _largest(elements: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`torch.topk` with equal elements in order of their places, whose own order is anyone's guess."""
-    if count == elements.shape[1]:
-        return elements.sort(dim=1, descending=True, stable=True)
-    if elements.device.type == "cpu":
-        # Several times faster than torch's selection on a CPU.
-        found = torch.from_numpy(np.argpartition(elements.numpy(), elements.shape[1] - count, axis=1)[:, -count:])
-    else:
-        found = torch.topk(elements, count, dim=1, sorted=False).indices
-    found = found.sort(dim=1).values
-    values, order = elements.gather(1, found).sort(dim=1, descending=True, stable=True)
-    return values, found.gather(1, order)

@@ -5,9 +5,8 @@ Which token a row gives depends on that row alone: its logits, its parameters an
 a seeded request gives the same tokens in any batch. Rows are grouped by how much of the vocabulary must be looked at:
 
 - greedy: the largest logit;
-- narrow (top_k up to 128): the 128 most likely tokens;
+- ranked (top_k): the k most likely tokens, but 128 where k is smaller;
 - nucleus (top_p alone): the probabilities of all tokens, to find the least that is kept;
-- wide (top_k beyond that): a full sort;
 - open (temperature and min_p only): no order is needed; the noise picks a block of the vocabulary by its mass, then a
   token in it.
 
@@ -99,13 +98,15 @@ class _Group:
 
     draw_from: Callable[[Tensor, Parameters], Tensor]
     members: np.ndarray
+    most: int
+    """No smaller than any member's top_k."""
 
     def arrays(self, inputs: SamplingInputs) -> Arrays:
         """What its draw needs to know, by name."""
         arrays = {name: getattr(inputs, name)[self.members] for name in ("temperature", "top_k", "top_p", "noise")}
         min_p = inputs.min_p[self.members]
         if min_p.any():
-            arrays["min_p"] = min_p
+            arrays["min_p"] = min_p.astype(np.float32)
         if len(self.members) < len(inputs.temperature):
             arrays["members"] = self.members
         return arrays
@@ -120,6 +121,7 @@ class _Group:
             top_p=columns["top_p"],
             noise=columns["noise"],
             min_p=columns.get("min_p"),
+            most=self.most,
         )
         drawn = self.draw_from(_take(rows, arrays, "members"), parameters)
         return token_ids.index_copy_(0, arrays["members"], drawn) if "members" in arrays else drawn
@@ -133,16 +135,17 @@ def _groups(inputs: SamplingInputs, draws: Draws, vocab_size: int) -> list[_Grou
     narrow = by_k & (inputs.top_k <= CANDIDATES)
     nucleus = is_random & ~by_k & (inputs.top_p < 1)
     kinds = (
-        (draws.narrow, narrow),
+        (draws.ranked, narrow),
+        (draws.ranked, by_k & ~narrow),
         (draws.nucleus, nucleus),
-        (draws.wide, by_k & ~narrow),
         (draws.open, is_random & ~by_k & ~nucleus),
     )
-    most = max(1, draws.max_elements // vocab_size)
+    size = max(1, draws.max_elements // vocab_size)
     groups = []
     for draw, chosen in kinds:
         members = np.flatnonzero(chosen)
-        groups += [_Group(draw, members[first : first + most]) for first in range(0, len(members), most)]
+        for part in (members[first : first + size] for first in range(0, len(members), size)):
+            groups.append(_Group(draw, part, max(CANDIDATES, int(inputs.top_k[part].max()))))
     return groups
 
 
