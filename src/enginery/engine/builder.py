@@ -24,9 +24,10 @@ from enginery.engine.regions import outline
 from enginery.engine.weights_file import plan_layout
 from enginery.kernels.table import TABLE
 from enginery.network import Network
-from enginery.quantization.quantise_linears import QuantiseLinears
 from enginery.quantization.schemes import SCHEMES
 from enginery.rewriting.pipeline import PipelineConfig, PipelineReport, run_phases
+from enginery.rewriting.rule import PatternRewriter
+from enginery.rewriting.rules.quantise_linears import QuantiseLinears
 
 
 class Source(Protocol):
@@ -114,14 +115,19 @@ def prepare(source: Source, config: BuildConfig) -> Prepared:
 
 def pipeline_config(config: BuildConfig) -> PipelineConfig:
     """What the phases need to know of a build."""
-    scheme = None if config.quantization is None else SCHEMES[config.quantization]
     return PipelineConfig(
         disabled_rules=config.disabled_rules,
-        rules=config.rules,
-        quantization=() if scheme is None else (QuantiseLinears(scheme),),
+        rules=(*config.rules, *quantising_rules(config)),
         device=config.resolved_device(),
         block_size=BLOCK_SIZE,
     )
+
+
+def quantising_rules(config: BuildConfig) -> tuple[PatternRewriter, ...]:
+    """Those of the scheme, if there is one; none if the caller gave such a rule."""
+    if config.quantization is None or any(isinstance(rule, QuantiseLinears) for rule in config.rules):
+        return ()
+    return (QuantiseLinears(per_channel=SCHEMES[config.quantization].per_channel),)
 
 
 def _bind(source: Source, parts: Split, read: Read, report: Progress) -> Iterator[tuple[str, torch.Tensor]]:

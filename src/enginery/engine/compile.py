@@ -10,6 +10,8 @@ which the compiled code decides by the number of rows (`native.serial_when_small
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +25,7 @@ from enginery.engine.code_cache import CodeCache
 from enginery.engine.native import build_library, compiler
 from enginery.engine.regions import Region
 from enginery.errors import BuildError
+from enginery.kernels.table import TABLE
 from enginery.network import Dim, Network
 
 Report = Callable[[str, int, int], None]
@@ -34,8 +37,8 @@ MODEL = "model"
 
 
 class Compilation:
-    """Compiles distinct regions, the Python part now, the C++ compilers in the background. `wait` gives the
-    packages.
+    """Compiles distinct regions side by side: for a CPU the Python part now and the C++ compilers in the background,
+    for a GPU all of it there. `wait` gives the packages.
     """
 
     def __init__(self, cache: CodeCache, device: str, report: Report | None = None) -> None:
@@ -75,6 +78,8 @@ class Compilation:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, key: str, region: Region) -> Future[Path]:
+        if self._device.type == "cuda":
+            return self._pool.submit(self._in_process, key, region)
         scratch = self._cache.scratch()
         try:
             sources = lower(region.network, self._device, Path(scratch.name))
@@ -90,6 +95,27 @@ class Compilation:
                 return self._cache.publish(key, package(files, Path(directory) / f"{key}.pt2"))
 
         return self._pool.submit(finish)
+
+    def _in_process(self, key: str, region: Region) -> Path:
+        """For a GPU, Inductor runs the compilers itself, one region after another: each gets a process of its own."""
+        with self._cache.scratch() as directory:
+            text, finished = Path(directory) / "region.txt", Path(directory) / f"{key}.pt2"
+            text.write_text(str(region.network))
+            command = [sys.executable, "-m", "enginery.engine.compile", str(text), str(finished)]
+            paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+            done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
+                raise BuildError(f"region {region.name} cannot be compiled: {lines[-1][:300]}", "Use --backend eager")
+            return self._cache.publish(key, finished)
+
+
+def main(text: Path, finished: Path) -> None:
+    """Compiles the region whose network is in `text` for the current GPU into the package `finished`."""
+    TABLE.load("cuda")
+    network = Network.parse(text.read_text())
+    files = lower(network, torch.device("cuda"), finished.parent)
+    package(files, finished)
 
 
 def lower(network: Network, device: torch.device, scratch: Path) -> list[Path]:
@@ -195,3 +221,6 @@ def load(path: Path, device: str) -> Run:
 
 
 __all__ = ["Compilation", "Run", "load", "lower"]
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -23,13 +23,14 @@ from enginery.errors import StepError
 
 MAX_TOKENS = 2048
 """Of a captured step: above it, a kernel runs longer than the host needs to launch the next."""
-MAX_TOKENS_AT_OPEN = 1024
-"""Of a mixed step that is captured when the engine opens."""
 FEW_SEQUENCES = 32
-"""Mixed steps of so few sequences have shapes of their own: prompts that arrive while little else runs."""
-CONTEXTS = (32, 128, 512, 2048, 8192, 32768, 131072)
-"""Columns of block tables; attention divides its work by them."""
-CONTEXTS_AT_OPEN = 2
+"""So few do not fill a GPU: attention cuts their contexts into parts, as many as the columns of the block tables allow.
+Mixed steps of so few have shapes of their own: prompts that arrive while little else runs."""
+CONTEXTS_OF_FEW = (32, 128, 512, 2048, 8192, 32768, 131072)
+"""Columns of the block tables of few sequences."""
+CONTEXTS = (512, 8192, 131072)
+"""Of more: there they cost no more than their copy to the device."""
+CONTEXTS_OF_FEW_AT_OPEN = 2
 
 
 def ladder(limit: int, parts: int) -> list[int]:
@@ -53,44 +54,50 @@ class Buckets:
     """tokens of any other step"""
     sequences: tuple[int, ...]
     """of a mixed step"""
-    blocks: tuple[int, ...]
+    longest: int
+    """columns of a block table that holds the longest sequence"""
 
     @classmethod
     def of(cls, limits: EngineLimits) -> Buckets:
         most = limits.max_num_seqs
-        longest = -(-limits.max_model_len // limits.block_size)
-        blocks = [size for size in CONTEXTS if size < longest]
         tokens = ladder(min(MAX_TOKENS, limits.max_num_tokens), 8)
         return cls(
             tuple(ladder(min(most, limits.max_num_tokens), 4)),
             tuple(size for size in tokens if size >= FEW_SEQUENCES),
             (FEW_SEQUENCES, most) if most > FEW_SEQUENCES else (most,),
-            (*blocks, longest),
+            -(-limits.max_model_len // limits.block_size),
         )
+
+    def blocks(self, sequences: int) -> tuple[int, ...]:
+        """Columns of the block tables of a step of so many."""
+        sizes = CONTEXTS_OF_FEW if sequences <= FEW_SEQUENCES else CONTEXTS
+        return (*(size for size in sizes if size < self.longest), self.longest)
 
     def fitting(self, shape: StepShape) -> StepShape | None:
         """The smallest that holds a step; None where there is none."""
-        blocks = _at_least(self.blocks, shape.blocks)
-        if blocks is None:
-            return None
         if shape.is_decode and shape.logits <= shape.sequences:
-            size = _at_least(self.decode, shape.sequences)
-            return None if size is None else StepShape(size, size, blocks, size)
-        sequences = _at_least(self.sequences, max(shape.sequences, shape.logits))
-        # One token more than sequences at least: as many would be taken for decoding.
-        tokens = None if sequences is None else _at_least(self.mixed, max(shape.tokens, sequences + 1))
-        return None if tokens is None or sequences is None else StepShape(tokens, sequences, blocks, sequences)
+            tokens = sequences = _at_least(self.decode, shape.sequences)
+        else:
+            sequences = _at_least(self.sequences, max(shape.sequences, shape.logits))
+            # One token more than sequences at least: as many would be taken for decoding.
+            tokens = None if sequences is None else _at_least(self.mixed, max(shape.tokens, sequences + 1))
+        blocks = None if sequences is None else _at_least(self.blocks(sequences), shape.blocks)
+        if tokens is None or sequences is None or blocks is None:
+            return None
+        return StepShape(tokens, sequences, blocks, sequences)
 
     def at_open(self) -> Iterator[StepShape]:
         """The usual shapes, the largest first: what they free serves the smaller ones."""
-        contexts = self.blocks[:CONTEXTS_AT_OPEN]
         for sequences in reversed(self.sequences):
             for tokens in reversed(self.mixed):
-                if sequences < tokens <= MAX_TOKENS_AT_OPEN:
-                    yield StepShape(tokens, sequences, contexts[-1], sequences)
+                if tokens > sequences:
+                    yield StepShape(tokens, sequences, self._usual_blocks(sequences)[-1], sequences)
         for size in reversed(self.decode):
-            for blocks in contexts:
+            for blocks in self._usual_blocks(size):
                 yield StepShape(size, size, blocks, size)
+
+    def _usual_blocks(self, sequences: int) -> tuple[int, ...]:
+        return self.blocks(sequences)[: CONTEXTS_OF_FEW_AT_OPEN if sequences <= FEW_SEQUENCES else 1]
 
 
 def _at_least(sizes: Sequence[int], size: int) -> int | None:

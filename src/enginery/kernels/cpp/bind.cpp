@@ -16,6 +16,10 @@
 #include "kernels.h"
 #include "vec.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name until torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace enginery {
 namespace {
 

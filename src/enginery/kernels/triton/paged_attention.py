@@ -90,9 +90,11 @@ def plan_launch(
         short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 128), 64, 8, 3)
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
-    # Four programs a multiprocessor; a split of fewer than four pages costs more than it gains.
+    # Four programs a multiprocessor; a split of fewer than four pages costs more than it gains. Powers of two: each
+    # number of splits is a kernel that has to be compiled.
     splits = min(4 * gpu.processors // max(1, sequences * kv_heads), capacity // (4 * short.block_n), 64)
-    return LaunchPlan(tokens == sequences, short, long, max(1, splits), gpu.overlap)
+    splits = 1 << (max(1, splits).bit_length() - 1)
+    return LaunchPlan(tokens == sequences, short, long, splits, gpu.overlap)
 
 
 def _check_layout(name: str, tensor: torch.Tensor) -> None:
