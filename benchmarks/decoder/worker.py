@@ -36,8 +36,6 @@ Result = dict[str, Any]
 OPENING_GROUPS = ("build", *STARTS)
 BROKEN_DEVICE = 3
 """exit code: no CUDA call of this process works any more"""
-STEADY_STEPS = 32
-PROFILED_STEPS = 8
 SPARE_STEPS = 64
 """tokens that the first sequences may have while the last ones' prompts are computed"""
 _STICKY = ("illegal memory access", "device-side assert", "launch failure", "misaligned address", "ECC error")
@@ -318,21 +316,22 @@ def _decoding(job: Job, runner: EngineRunner, arm: Arm, steps: int) -> Iterator[
             session.step()
 
 
+def _steps(job: Job) -> tuple[int, int]:
+    """(timed, profiled) steps in which all sequences decode."""
+    return (4, 1) if job.tiny else (32, 8)
+
+
 def _host(job: Job, runner: EngineRunner, arm: Arm) -> Result:
-    steps = STEADY_STEPS if not job.tiny else 4
-    with _decoding(job, runner, arm, 2 * steps + PROFILED_STEPS) as advance:
+    steps, few = _steps(job)
+    with _decoding(job, runner, arm, steps + few) as advance:
         before = _counters(runner)
         step = advance(steps)
         spent = {name: 1e3 * (value - before[name]) / steps for name, value in _counters(runner).items()}
-        profile = profiled(lambda: advance(PROFILED_STEPS), PROFILED_STEPS, job.device)
-    host = sum(value for name, value in spent.items() if not name.startswith("engine"))
+        profile = profiled(lambda: advance(few), few, job.device)
+    parts = {f"{name}, ms": value for name, value in spent.items()}
+    host = sum(value for name, value in spent.items() if name != "engine")
     waits = 1e3 * step - profile.busy_us / 1e3
-    return {
-        "value": host,
-        "step, ms": 1e3 * step,
-        "device waits, ms": waits,
-        **{f"{n}, ms": v for n, v in spent.items()},
-    }
+    return {"value": host, "step, ms": 1e3 * step, "device waits, ms": waits, **parts}
 
 
 def _counters(runner: EngineRunner) -> dict[str, float]:
@@ -349,7 +348,8 @@ def _profile(job: Job, runner: EngineRunner, arm: Arm) -> Result:
         step = best(job, lambda: seconds(runner, prompts, [1]))
         profile = profiled(lambda: runner.generate(prompts, [1]), 1, job.device)
     else:
-        with _decoding(job, runner, arm, STEADY_STEPS + PROFILED_STEPS) as advance:
-            step = advance(STEADY_STEPS if not job.tiny else 4)
-            profile = profiled(lambda: advance(PROFILED_STEPS), PROFILED_STEPS, job.device)
+        steps, few = _steps(job)
+        with _decoding(job, runner, arm, steps + few) as advance:
+            step = advance(steps)
+            profile = profiled(lambda: advance(few), few, job.device)
     return {"value": 1e3 * step, **profile.to_json(1e6 * step)}
