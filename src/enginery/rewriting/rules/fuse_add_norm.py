@@ -20,15 +20,15 @@ aten = torch.ops.aten
 
 
 def _pattern() -> Any:
-    total = torch.add(Var("x"), Var("residual")).bind("total")
-    wide = Through(total, casts=True)
-    mean = torch.mean(torch.pow(wide, 2), [-1], True)
+    total = (Var("x") + Var("residual")).bind("total")
+    wide: Any = Through(total, casts=True)
+    mean = (wide**2).mean([-1], True)
     return Const("weight", rank=1) * Through(wide * torch.rsqrt(mean + Scalar("eps")), casts=True)
 
 
 class FuseAddNorm(PatternRewriter):
     pattern = _pattern()
-    where = (same_type("x", "residual"),)
+    where: Any = (same_type("x", "residual"),)
 
     def rewrite(self, root: Layer, total: Layer, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
         result = _in_dtype(root, x.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from enginery import ops
 from enginery.rewriting.pattern import Var
@@ -17,7 +16,7 @@ HALVING = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 
 class FuseSiluMul(PatternRewriter):
-    pattern = F.silu(Var("gate")) * Var("up")
+    pattern = aten.silu.default(Var("gate")) * Var("up")
 
     def rewrite(self, gate: Any, up: Any) -> Any:
         parts = gate.parent

@@ -39,7 +39,7 @@ class NormIntoLinear(PatternRewriter):
         return {linear: _linear(x, scale, offset, *linear.args[1:]) for linear in linears}
 
 
-def _linear(x: Any, scale: Tensor | None, offset: Tensor | None, weight: Any, bias: Tensor | None) -> Any:
+def _linear(x: Any, scale: Tensor | None, offset: Tensor | None, weight: Any, bias: Any) -> Any:
     """linear(x·scale + offset, weight, bias) with all constants on the side of the weight."""
     if offset is not None:
         moved = F.linear(in_dtype(offset, weight.dtype), weight)
