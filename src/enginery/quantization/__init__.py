@@ -1,1 +1,1 @@
-"""Schemes of quantisation, and the rewrite rules that apply them."""
+"""Schemes of quantisation."""

@@ -39,6 +39,7 @@ from enginery.rewriting.rules.merge_reshapes import MergeReshapes
 from enginery.rewriting.rules.norm_into_linear import NormIntoLinear
 from enginery.rewriting.rules.pack_linears import PackLinears, PackTiedEmbedding
 from enginery.rewriting.rules.page_attention import PageAttention, open_cache
+from enginery.rewriting.rules.quantise_linears import QuantiseLinears
 from enginery.rewriting.rules.recognise_attention import RecogniseAttention
 from enginery.rewriting.rules.scalars_to_numbers import ScalarsToNumbers
 from enginery.rewriting.rules.scale_before_linear import ScaleBeforeLinear
@@ -58,8 +59,6 @@ class PipelineConfig:
     rules: tuple[PatternRewriter, ...] = ()
     """the user's own, run in a phase of their own before attention is paged; a rule of the library that is off by
     default is switched on by naming it here, and runs in its phase"""
-    quantization: tuple[PatternRewriter, ...] = ()
-    """rules of a quantisation scheme, in the phase after the user's own"""
     pack_linears: bool = True
     """weights in the panels of the CPU kernels; on other devices never"""
     device: str = "cpu"
@@ -72,14 +71,20 @@ class Phase:
     """Rules that are applied together until none of them fits. `prepare` changes the network's borders before them.
 
     `optional` rules are off by default: right, but without a measured gain, or only where their kernels are
-    (`docs/rules.md`).
+    (`docs/rules.md`). So are `approximate` ones, which are no equalities.
     """
 
     name: str
     rules: tuple[type[PatternRewriter], ...] = ()
     optional: tuple[type[PatternRewriter], ...] = ()
+    approximate: tuple[type[PatternRewriter], ...] = ()
     prepare: Callable[[Network, PipelineConfig], None] | None = None
     wanted: Callable[[PipelineConfig], bool] = lambda config: True
+
+    @property
+    def on_request(self) -> tuple[type[PatternRewriter], ...]:
+        """The rules that run if one of them is given."""
+        return (*self.optional, *self.approximate)
 
 
 TIDY: tuple[type[PatternRewriter], ...] = (
@@ -90,7 +95,6 @@ TIDY: tuple[type[PatternRewriter], ...] = (
 """what leaves a network's values as they are and makes equal things look equal"""
 
 USER_RULES = "user rules"
-QUANTISE = "quantise"
 
 PHASES: tuple[Phase, ...] = (
     Phase("canonicalise", (*TIDY, ScalarsToNumbers, LinearFromMatmul, BiasIntoLinear, ExpandBaddbmm)),
@@ -103,7 +107,7 @@ PHASES: tuple[Phase, ...] = (
     ),
     Phase("fuse", (MergeParallelLinears,), optional=(FuseAddNorm, FuseSiluMul)),
     Phase(USER_RULES),
-    Phase(QUANTISE),
+    Phase("quantise", approximate=(QuantiseLinears,)),
     Phase(
         "paged attention",
         (PageAttention,),
@@ -205,16 +209,16 @@ def nearest_miss(network: Network, rule: str, config: PipelineConfig | None = No
 
 def rule_names() -> tuple[str, ...]:
     """The rules of all phases, each once, those that are off by default included."""
-    return tuple(dict.fromkeys(rule.__name__ for phase in PHASES for rule in (*phase.rules, *phase.optional)))
+    return tuple(dict.fromkeys(rule.__name__ for phase in PHASES for rule in (*phase.rules, *phase.on_request)))
 
 
 def optional_rules() -> dict[str, type[PatternRewriter]]:
     """The rules that are off by default, by name: `PipelineConfig(rules=[optional_rules()["FuseAddNorm"]()])`."""
-    return {rule.__name__: rule for phase in PHASES for rule in phase.optional}
+    return {rule.__name__: rule for phase in PHASES for rule in phase.on_request}
 
 
 def _check_names(config: PipelineConfig) -> None:
-    known = (*rule_names(), *(type(rule).__name__ for rule in (*config.rules, *config.quantization)))
+    known = (*rule_names(), *(type(rule).__name__ for rule in config.rules))
     for name in config.disabled_rules:
         check_rule_name(name, known)
 
@@ -228,8 +232,7 @@ def check_rule_name(name: str, known: Sequence[str]) -> None:
 
 
 def _manager(phase: Phase, config: PipelineConfig) -> RewritePatternManager:
-    given = config.quantization if phase.name == QUANTISE else _asked_for(phase, config.rules)
-    rules = [*(rule() for rule in phase.rules), *given]
+    rules = [*(rule() for rule in phase.rules), *_asked_for(phase, config.rules)]
     return RewritePatternManager(*(rule for rule in rules if type(rule).__name__ not in config.disabled_rules))
 
 
@@ -238,4 +241,4 @@ def _asked_for(phase: Phase, rules: Sequence[PatternRewriter]) -> list[PatternRe
     known = optional_rules().values()
     if phase.name == USER_RULES:
         return [rule for rule in rules if type(rule) not in known]
-    return [rule for rule in rules if type(rule) in phase.optional]
+    return [rule for rule in rules if type(rule) in phase.on_request]

@@ -17,8 +17,7 @@ import torch
 
 from enginery import ops
 from enginery.network import Layer, Tensor
-from enginery.quantization.schemes import Float8
-from enginery.rewriting import MatchFailure, PatternRewriter
+from enginery.rewriting.rule import MatchFailure, PatternRewriter
 
 aten = torch.ops.aten
 
@@ -36,14 +35,15 @@ PRODUCTS = (aten.linear.default, ops.expert_linear, ops.attention)
 class QuantiseLinears(PatternRewriter):
     root_layer = (aten.linear.default,)
 
-    def __init__(self, scheme: Float8 | None = None) -> None:
-        self.scheme = scheme or Float8()
+    def __init__(self, *, per_channel: bool = True) -> None:
+        """With `per_channel` a weight has a scale for each output, else one for all."""
+        self.per_channel = per_channel
 
     def match_and_rewrite(self, layer: Layer) -> Any:
         x, weight, bias = layer.args
         _require_fit(layer)
         inputs, input_scale = quantise(x, (-1,))
-        weights, weight_scale = quantise(weight, (1,) if self.scheme.per_channel else (0, 1))
+        weights, weight_scale = quantise(weight, (1,) if self.per_channel else (0, 1))
         product = ops.float8_linear(inputs, weights).to(torch.float32)
         result = product * input_scale * weight_scale.squeeze(1)
         if bias is not None:

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from enginery.network import Layer, Network
-from enginery.quantization.quantise_linears import QuantiseLinears
-from enginery.quantization.schemes import Float8
 from enginery.rewriting import PatternRewriter, RewritePatternManager
 from enginery.rewriting.pipeline import PipelineConfig, run_phases
 from enginery.rewriting.rules.common_subexpressions import CommonSubexpressions
+from enginery.rewriting.rules.quantise_linears import QuantiseLinears
 from enginery.rewriting.structure import structure
 
 ROUNDING = 2.0**-4
@@ -37,8 +36,8 @@ def body(dtype: str = "bfloat16") -> Network:
     return Network.parse(layer_text(dtype))
 
 
-def quantised(network: Network, scheme: Float8 | None = None) -> Network:
-    report = RewritePatternManager(QuantiseLinears(scheme), CommonSubexpressions()).rewrite(network)
+def quantised(network: Network, *, per_channel: bool = True) -> Network:
+    report = RewritePatternManager(QuantiseLinears(per_channel=per_channel), CommonSubexpressions()).rewrite(network)
     network.verify()
     assert report["QuantiseLinears"].rewritten >= 1
     assert str(Network.parse(str(network))) == str(network)
@@ -108,7 +107,7 @@ def inputs_of(kind: str, dtype: torch.dtype) -> torch.Tensor:
 def test_every_output_is_within_the_rounding_of_its_terms(kind: str, dtype: torch.dtype, per_channel: bool) -> None:
     x, w, b = inputs_of(kind, dtype), torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype)
     w[::3] *= 0.01
-    network = only_layer(quantised(body(str(dtype).removeprefix("torch.")), Float8(per_channel)))
+    network = only_layer(quantised(body(str(dtype).removeprefix("torch.")), per_channel=per_channel))
     (found,) = network.run([x], {"w": w, "b": b, "h": torch.zeros(32, 48, dtype=dtype)})
     wide, weight = x.double(), w.double()
     exact = wide @ weight.T
@@ -226,7 +225,7 @@ def count(network: Network, name: str) -> int:
 def test_in_the_pipeline(device: str) -> None:
     """Query, key and value stay one product; the head goes the way of unquantised linears."""
     network = Network.parse(DECODER)
-    report = run_phases(network, PipelineConfig(quantization=(QuantiseLinears(),), device=device))
+    report = run_phases(network, PipelineConfig(rules=(QuantiseLinears(),), device=device))
     network.verify()
     assert report["quantise"]["QuantiseLinears"].rewritten == 3
     assert count(network, "float8_linear") == 3
@@ -244,14 +243,14 @@ class SiluToTanh(PatternRewriter):
         return torch.tanh(layer.args[0])
 
 
-def run_decoder(**settings: tuple) -> Network:
+def run_decoder(*rules: PatternRewriter, disabled_rules: tuple[str, ...] = ()) -> Network:
     network = Network.parse(DECODER)
-    run_phases(network, PipelineConfig(quantization=(QuantiseLinears(),), **settings))
+    run_phases(network, PipelineConfig(rules=(*rules, QuantiseLinears()), disabled_rules=disabled_rules))
     return network
 
 
 def test_beside_rules_of_the_users_own() -> None:
-    network = run_decoder(rules=(SiluToTanh(),))
+    network = run_decoder(SiluToTanh())
     assert (count(network, "tanh"), count(network, "float8_linear")) == (1, 3)
 
 
