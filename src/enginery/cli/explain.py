@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from enginery.cli.options import EngineOptions, Json, parse_options, takes
-from enginery.cli.output import print_json, print_table, print_note, print_warning, write_atomically
+from enginery.cli.output import print_json, print_note, print_table, print_warning, write_atomically
 from enginery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def explain(
     from enginery.llm import rewriting_of
 
     arguments = options.arguments()
+    base = parse_options(against or "", "--against").arguments() if diff or against is not None else None
     model, rule = split_words(words or [], arguments["rules"])
     arguments["rules"] = switched_on(arguments["rules"], rule)
     if html is not None and not html.parent.is_dir():
@@ -48,9 +49,8 @@ def explain(
     found = rewriting_of(model, **arguments)
     if html is not None:
         write_page(html, found, rule)
-    elif diff or against is not None:
-        base = rewriting_of(model, **parse_options(against or "").arguments())
-        show_difference(base, found, as_json=as_json)
+    elif base is not None:
+        show_difference(rewriting_of(model, **base), found, as_json=as_json)
     elif rule is not None:
         show_rule(found, rule, as_json=as_json)
     elif text:
@@ -129,9 +129,7 @@ def show_rule(found: Rewriting, rule: str, *, as_json: bool) -> None:
         )
         return
     if not phases:
-        print(
-            f"{rule} is not among the rules of this configuration: switched off, or of another device"
-        )
+        print(f"{rule} is not among the rules of this configuration: switched off, or of another device")
     for name, phase in phases:
         facts = phase.rules[rule]
         counts = f"tried {facts.tried}, matched {facts.matched}, applied {facts.rewritten}"

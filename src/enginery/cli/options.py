@@ -13,6 +13,7 @@ import typer
 
 from enginery.cli.units import parse_bytes, parse_count
 from enginery.cli.user_rules import load_rule
+from enginery.errors import UsageError
 
 Model = Annotated[
     str | None,
@@ -98,8 +99,8 @@ def takes(options_type: type) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def parse_options(text: str) -> EngineOptions:
-    """The options of a configuration from one string, as on a command line."""
+def parse_options(text: str, name: str) -> EngineOptions:
+    """The options of a configuration from one string, as on a command line; `name` is the flag that it came by."""
 
     @takes(EngineOptions)
     def configuration(options: EngineOptions) -> EngineOptions:
@@ -107,4 +108,8 @@ def parse_options(text: str) -> EngineOptions:
 
     parser = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     parser.command()(configuration)
-    return typer.main.get_command(parser).main(shlex.split(text), standalone_mode=False)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f'{name} "{text}": {error}', 'Give options, such as "--dtype float32"') from None
+    return typer.main.get_command(parser).main(words, standalone_mode=False)
