@@ -10,11 +10,13 @@ import torch
 
 from enginery.errors import UnsupportedError
 from enginery.ops.paged_attention import paged_attention_reference
+from enginery.ops.rotary_paged_attention import rotary_paged_attention_reference
 
 from .triton_device import DEVICE, kernels_for_device
 
 with kernels_for_device():
     from enginery.kernels.triton import paged_attention as kernels
+    from enginery.kernels.triton.rotary import rotary_paged_attention
 
 # Rows of padding divide by zero; NumPy, which interprets, says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -93,6 +95,22 @@ def plan(splits: int, *, decode: bool, block_n: int = 16) -> kernels.LaunchPlan:
     return kernels.LaunchPlan(
         decode, kernels.Tiling(16, block_n, 4, 2), kernels.Tiling(16, block_n, 4, 2), splits
     )  # fmt: skip
+
+
+def check_turned(case: Case) -> None:
+    """With rotary embedding: queries and new keys are turned on their way, or before."""
+    (query, key, value, *batch), options = build(case, seed=random.SystemRandom().randrange(1 << 30))
+    cos, sin = torch.randn(2, len(query), case.dk).to(case.dtype).to(DEVICE)
+    scale = case.dk**-0.5
+    turned = (query, key, value, cos, sin, *batch)
+    wide = [tensor.double() if tensor.is_floating_point() else tensor.clone() for tensor in turned]
+    expected = rotary_paged_attention_reference(*wide, scale, *options.values())
+    actual = rotary_paged_attention(*turned, scale, *options.values())
+    atol = TOLERANCE[case.dtype] * float(expected.abs().max())
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=atol)
+    for written, wanted in zip(batch[:2], wide[5:7], strict=True):
+        atol = TOLERANCE[case.dtype] * float(wanted.nan_to_num().abs().max())
+        torch.testing.assert_close(written.double(), wanted, rtol=0, atol=atol, equal_nan=True)
 
 
 DECODE = Case(((37, 1), (0, 1), (64, 1), (15, 1)))
@@ -227,3 +245,12 @@ def test_overlapped_launches_change_nothing(overlap: bool) -> None:
     assert base.splits > 1
     for _ in range(5):
         check(case, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [16, 20, 64])
+@pytest.mark.parametrize(
+    "case", [DECODE, MIXED, Case(((37, 3), (0, 1), (9, 0), (0, 0)))], ids=["decode", "mixed", "idle"]
+)
+def test_rotary_embedding_on_the_way(case: Case, size: int, dtype: torch.dtype) -> None:
+    check_turned(replace(case, dk=size, dtype=dtype))

@@ -18,6 +18,48 @@ def store_rows(pointer, offsets, columns, data, inside, ROW: tl.constexpr):
     tl.store(pointer + offsets[:, None] + columns[None, :], data, mask=inside[:, None] & (columns < ROW)[None, :])
 
 
+@triton.jit
+def load_head(
+    pointer, columns, inside, cos, sin, ROTARY: tl.constexpr, ROW: tl.constexpr
+):  # fmt: skip
+    """One head `[columns]` of a token, with ROTARY turned by its position: x·cos + turn(x)·sin (Su et al., 2021).
+
+    turn(first half, second) = (−second, first); `cos` and `sin` point at the token's rows of the tables.
+    """
+    data = tl.load(pointer + columns, inside, other=0.0)
+    if ROTARY:
+        partners, sign = turned(columns, ROW)
+        partner = tl.load(pointer + partners, inside, other=0.0).to(tl.float32)
+        cosine = tl.load(cos + columns, inside, other=0.0).to(tl.float32)
+        sine = tl.load(sin + columns, inside, other=0.0).to(tl.float32)
+        data = (data.to(tl.float32) * cosine + sign * partner * sine).to(data.dtype)
+    return data
+
+
+@triton.jit
+def load_heads(
+    pointer, offsets, columns, inside, cos, sin, angles, ROTARY: tl.constexpr, ROW: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """`load_rows` of heads, with ROTARY turned as in `load_head`; `angles`: where each row's tables begin."""
+    data = load_rows(pointer, offsets, columns, inside, ROW, PADDED, True)
+    if ROTARY:
+        partners, sign = turned(columns, ROW)
+        partner = tl.load(
+            pointer + offsets[:, None] + partners[None, :], inside[:, None] & (columns < ROW)[None, :], other=0.0
+        ).to(tl.float32)
+        cosine = load_rows(cos, angles, columns, inside, ROW, PADDED, True).to(tl.float32)
+        sine = load_rows(sin, angles, columns, inside, ROW, PADDED, True).to(tl.float32)
+        data = (data.to(tl.float32) * cosine + sign[None, :] * partner * sine).to(data.dtype)
+    return data
+
+
+@triton.jit
+def turned(columns, ROW: tl.constexpr):
+    """For each column the one of the other half that it is mixed with, and that one's sign."""
+    HALF: tl.constexpr = ROW // 2
+    return tl.where(columns < HALF, columns + HALF, columns - HALF), tl.where(columns < HALF, -1.0, 1.0)
+
+
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def write_cache(
     key, value, key_cache, value_cache, slot_mapping, query_start, output, num_sequences,
@@ -52,19 +94,20 @@ def write_cache(
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def attend_short(
     query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes,
-    output, partial_sums, partial_stats, num_sequences, partial_rows,
-    query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride,
+    cos, sin, output, partial_sums, partial_stats, num_sequences, partial_rows,
+    query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride, angle_stride,
     scale, window, softcap,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, DECODE: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    ROTARY: tl.constexpr,
 ):  # fmt: skip
     """One program per kv head, sequence and split. The last split, which has the fewest keys, also takes the new ones.
 
     With one split the result goes to `output`; otherwise the state of every row goes to `partial_sums
     [SPLITS, rows, Hq, DV]` and `partial_stats [2, SPLITS, rows, Hq]` (maximum, total), where a row is a token (DECODE)
-    or sequence · BLOCK_Q + i.
+    or sequence · BLOCK_Q + i. With ROTARY, queries and new keys are turned by the tables `cos` and `sin` `[T, DK]`.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
     HEADS: tl.constexpr = KV_HEADS * GROUPS
@@ -87,7 +130,7 @@ def attend_short(
         slopes = tl.load(alibi_slopes + head).to(tl.float32)
     keys = key_cache + kv_head * BLOCK_SIZE * DK
     values = value_cache + kv_head * BLOCK_SIZE * DV
-    new_keys = key + kv_head * DK + key_columns
+    new_keys = key + kv_head * DK
     new_values = value + kv_head * DV + value_columns
     in_key, in_value = key_columns < DK, value_columns < DV
     table = block_tables + sequence.to(tl.int64) * table_stride
@@ -100,7 +143,10 @@ def attend_short(
         token = (first + local_token).to(tl.int64)
         owned = (local_token < BLOCK_Q) & (token < end)
         positions = context + (first - begin) + local_token
-        tile = load_rows(query, token * query_stride + head * DK, key_columns, owned, DK, PADDED_DK, True)
+        tile = load_heads(
+            query, token * query_stride + head * DK, key_columns, owned, cos, sin, token * angle_stride,
+            ROTARY, DK, PADDED_DK,
+        )  # fmt: skip
         sums = tl.zeros([BLOCK_M, PADDED_DV], tl.float32)
         maximum = tl.full([BLOCK_M], EMPTY, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -113,7 +159,10 @@ def attend_short(
             total += 1.0
         # Asked for before the cached keys and used after them, so that nobody waits.
         source = begin.to(tl.int64)
-        new_key = tl.load(new_keys + source * key_stride, in_key, other=0.0)
+        new_key = load_head(
+            new_keys + source * key_stride, key_columns, in_key, cos + source * angle_stride,
+            sin + source * angle_stride, ROTARY, DK,
+        )  # fmt: skip
         new_value = tl.load(new_values + source * value_stride, in_value, other=0.0)
 
         first_block = lowest // BLOCK_N
@@ -144,8 +193,12 @@ def attend_short(
                     scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
                 )  # fmt: skip
                 more = source + 1 < end
-                new_key = tl.load(new_keys + (source + 1) * key_stride, in_key & more, other=0.0)
-                new_value = tl.load(new_values + (source + 1) * value_stride, in_value & more, other=0.0)
+                following = source + 1
+                new_key = load_head(
+                    new_keys + following * key_stride, key_columns, in_key & more, cos + following * angle_stride,
+                    sin + following * angle_stride, ROTARY, DK,
+                )  # fmt: skip
+                new_value = tl.load(new_values + following * value_stride, in_value & more, other=0.0)
 
         if SPLITS == 1:
             result = (sums / total[:, None]).to(output.dtype.element_ty)

@@ -75,6 +75,11 @@ class Gpu:
         return cls(properties.multi_processor_count, properties.major >= 9)
 
 
+def is_decode(query: torch.Tensor, block_tables: torch.Tensor) -> bool:
+    """As many tokens as sequences: the plan of one launch, which writes the cache, too."""
+    return len(query) == len(block_tables)
+
+
 def plan_launch(
     gpu: Gpu, tokens: int, sequences: int, capacity: int, kv_heads: int, groups: int, width: int, itemsize: int
 ) -> LaunchPlan:
@@ -104,7 +109,7 @@ def _check_layout(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """`[T, H, D]` with contiguous rows; a slice of a fused projection keeps its own stride between tokens."""
     return tensor if tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2] else tensor.contiguous()
 
@@ -125,9 +130,14 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     plan: LaunchPlan | None = None,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The contract of `enginery::paged_attention`, in 16 and 32 bits; `plan` overrides the choice of tiles."""
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    """The contract of `enginery::paged_attention`, in 16 and 32 bits.
+
+    `plan` overrides the choice of tiles. `angles`: tables cos and sin `[T, Dk]` by which queries and new keys are
+    turned on their way, for decoding only.
+    """
+    query, key, value = rows_of(query), rows_of(key), rows_of(value)
     _check_layout("key_cache", key_cache)
     _check_layout("value_cache", value_cache)
     tokens, heads, dk = query.shape
@@ -159,6 +169,7 @@ def paged_attention(
     # A kernel needs a pointer where a feature is off, too; it is never followed.
     sinks = query if sinks is None else sinks
     alibi_slopes = query if alibi_slopes is None else alibi_slopes
+    cos, sin = (query, query) if angles is None else angles
 
     if not plan.decode:
         write_cache[(tokens,)](
@@ -175,9 +186,9 @@ def paged_attention(
         partial_stats = query.new_empty(2, plan.splits, rows, heads, dtype=torch.float32)
     attend_short[(kv_heads, sequences, plan.splits)](
         query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks,
-        alibi_slopes, output, partial_sums, partial_stats, sequences, rows, *strides, *numbers,
-        BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits, DECODE=plan.decode,
-        OVERLAP=plan.overlap, launch_pdl=plan.overlap, **plan.short.options, **sizes, **features,
+        alibi_slopes, cos, sin, output, partial_sums, partial_stats, sequences, rows, *strides, cos.stride(0), *numbers,
+        ROTARY=angles is not None, BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
+        DECODE=plan.decode, OVERLAP=plan.overlap, launch_pdl=plan.overlap, **plan.short.options, **sizes, **features,
     )  # fmt: skip
     if plan.splits > 1:
         merge_splits[(heads, rows)](

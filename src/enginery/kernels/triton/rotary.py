@@ -1,7 +1,7 @@
-"""`enginery::rotary_paged_attention` on NVIDIA GPUs: queries and keys are rotated in one launch.
+"""`enginery::rotary_paged_attention` on NVIDIA GPUs.
 
-In decoding the attention kernel writes keys and values to the cache on its way, so the whole operator is this launch
-and those of `paged_attention`.
+In decoding the attention kernel turns queries and keys in its registers, on their way to the scores and to the cache.
+Otherwise they are turned first, in a launch of their own: tiles of queries read the new keys again and again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from enginery.kernels.triton.paged_attention import paged_attention
+from enginery.kernels.triton.paged_attention import is_decode, paged_attention, rows_of
 
 HEADS_PER_PROGRAM = 8
 
@@ -54,8 +54,7 @@ def rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query `[T, Hq, D]` and key `[T, Hkv, D]` rotated by cos and sin `[T, D]`, as the reference's `rotate` does."""
-    query, key = _rows(query), _rows(key)
-    cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
+    query, key = rows_of(query), rows_of(key)
     tokens, heads, size = query.shape
     kv_heads = key.shape[1]
     new_query, new_key = query.new_empty(query.shape), key.new_empty(key.shape)
@@ -68,13 +67,21 @@ def rotate(
     return new_query, new_key
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`[T, H, D]` with heads side by side; a slice of a fused projection keeps its own stride between tokens."""
-    return tensor if tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2] else tensor.contiguous()
-
-
 def rotary_paged_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_tables: torch.Tensor,
+    *rest: Any,
 ) -> torch.Tensor:
     """The contract of `enginery::rotary_paged_attention`, in 16 and 32 bits."""
-    return paged_attention(*rotate(query, key, cos, sin), value, *rest)
+    cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
+    batch = (key_cache, value_cache, slot_mapping, block_tables, *rest)
+    if is_decode(query, block_tables) and cos.stride(0) == sin.stride(0):
+        return paged_attention(query, key, value, *batch, angles=(cos, sin))
+    return paged_attention(*rotate(query, key, cos, sin), value, *batch)
