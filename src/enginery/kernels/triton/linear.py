@@ -144,7 +144,8 @@ class Gpu:
         if device.type != "cuda":
             return cls(H200_SHARED_MEMORY, False)
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.shared_memory_per_block_optin, properties.major >= 9)
+        shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return cls(shared_memory, properties.major >= 9)
 
 
 def most_rows(features: int) -> int:
