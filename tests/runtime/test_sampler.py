@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -19,13 +24,20 @@ from transformers import (
 )
 
 from enginery.runtime.batch import SamplingInputs, uniform_noise
-from enginery.runtime.candidates import top_candidates
+from enginery.runtime.candidates import candidates_on_device, candidates_on_host
+from enginery.runtime.draws import Draws, HostDraws, nucleus_floor
 from enginery.runtime.edits import LogitsEdits
 from enginery.runtime.logprobs import top_logprobs
 from enginery.runtime.sampler import Sampler
 from enginery.runtime.sampling_params import SamplingParams
 
 from .harness import make_session
+
+
+@pytest.fixture(params=[HostDraws, Draws])
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    """As on a CPU, and as on a device, whose tensors lie on the CPU here."""
+    return Sampler(request.param())
 
 
 def inputs(count: int, **columns) -> SamplingInputs:
@@ -72,16 +84,18 @@ SETTINGS = [
 
 @pytest.mark.parametrize("vocab_size", [7, 64, 1000, 20011])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_distribution_is_the_reference(setting: dict, vocab_size: int) -> None:
+def test_distribution_is_the_reference(sampler: Sampler, setting: dict, vocab_size: int) -> None:
     """A fine grid of noise in place of random numbers turns the frequency of each token into its probability."""
     logits = torch.randn(vocab_size) * 2.5
-    grid = 4000
+    grid = 4000 if vocab_size <= 1000 else 1000
+    if type(sampler._draws) is Draws and setting["top_p"] < 1 and not setting["top_k"]:
+        grid = 320  # counts masses in half a megabyte a row, which takes its time on a CPU
     # In batches, as a batch mixes rows of all kinds of noise.
     drawn = Counter()
     for noise in np.array_split((np.arange(grid) + 0.5) / grid, 8):
-        samples = (
-            Sampler().sample(logits.expand(len(noise), -1).clone(), inputs(len(noise), noise=noise, **setting)).wait()
-        )
+        samples = sampler.sample(
+            logits.expand(len(noise), -1).clone(), inputs(len(noise), noise=noise, **setting)
+        ).wait()
         assert not samples.failed
         drawn.update(samples.token_ids)
     expected = probabilities(logits.numpy(), **setting)
@@ -91,15 +105,15 @@ def test_distribution_is_the_reference(setting: dict, vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_a_row_does_not_depend_on_its_neighbours(setting: dict) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(sampler: Sampler, setting: dict) -> None:
     rng = np.random.default_rng()
     logits = torch.randn(len(SETTINGS) * 3, 5003) * 3
     noise = rng.random(len(logits))
     mixed = {name: np.array([SETTINGS[row % len(SETTINGS)][name] for row in range(len(logits))]) for name in setting}
-    together = Sampler().sample(logits.clone(), inputs(len(logits), noise=noise, **mixed)).wait().token_ids
+    together = sampler.sample(logits.clone(), inputs(len(logits), noise=noise, **mixed)).wait().token_ids
     for row in range(len(logits)):
         own = {name: column[row] for name, column in mixed.items()}
-        assert Sampler().sample(logits[row : row + 1].clone(), inputs(1, noise=noise[row], **own)).wait().token_ids == [
+        assert sampler.sample(logits[row : row + 1].clone(), inputs(1, noise=noise[row], **own)).wait().token_ids == [
             together[row]
         ]
 
@@ -145,32 +159,32 @@ def test_sampled_frequencies_through_a_session() -> None:
     assert chi_square < 30  # p ~ 1e-6 at 3 degrees of freedom
 
 
-def test_greedy_takes_the_largest_also_among_random_rows() -> None:
+def test_greedy_takes_the_largest_also_among_random_rows(sampler: Sampler) -> None:
     logits = torch.randn(9, 777)
     temperature = np.where(np.arange(9) % 2, 1.0, 0.0)
-    token_ids = Sampler().sample(logits.clone(), inputs(9, temperature=temperature)).wait().token_ids
+    token_ids = sampler.sample(logits.clone(), inputs(9, temperature=temperature)).wait().token_ids
     assert token_ids[::2] == logits.argmax(dim=1).tolist()[::2]
 
 
-def test_rows_select_and_repeat_logits() -> None:
+def test_rows_select_and_repeat_logits(sampler: Sampler) -> None:
     logits = torch.randn(3, 50)
-    samples = Sampler().sample(logits.clone(), inputs(4, temperature=0.0, rows=np.array([2, 0, 0, 1]))).wait()
+    samples = sampler.sample(logits.clone(), inputs(4, temperature=0.0, rows=np.array([2, 0, 0, 1]))).wait()
     assert samples.token_ids == logits.argmax(dim=1)[[2, 0, 0, 1]].tolist()
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, *SETTINGS], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
-def test_only_the_broken_row_fails(setting: dict, bad: float | None) -> None:
+def test_only_the_broken_row_fails(sampler: Sampler, setting: dict, bad: float | None) -> None:
     logits = torch.randn(3, 500)
-    healthy = Sampler().sample(logits.clone(), inputs(3, **setting)).wait().token_ids
+    healthy = sampler.sample(logits.clone(), inputs(3, **setting)).wait().token_ids
     logits[1] = -math.inf if bad is None else logits[1]
     logits[1, 123] = -math.inf if bad is None else bad
-    samples = Sampler().sample(logits, inputs(3, **setting)).wait()
+    samples = sampler.sample(logits, inputs(3, **setting)).wait()
     assert samples.failed == {1}
     assert [samples.token_ids[0], samples.token_ids[2]] == [healthy[0], healthy[2]]
 
 
-def test_edits_add_biases_then_penalise() -> None:
+def test_edits_add_biases_then_penalise(sampler: Sampler) -> None:
     logits = torch.randn(2, 30)
     edits = LogitsEdits(
         bias_rows=np.array([0, 0, 1]),
@@ -185,7 +199,7 @@ def test_edits_add_biases_then_penalise() -> None:
         presence=np.array([0.125, 0.125, 0.75], np.float32),
     )
     edited = logits.clone()
-    Sampler().sample(edited, inputs(2, temperature=0.0, edits=edits)).wait()
+    sampler.sample(edited, inputs(2, temperature=0.0, edits=edits)).wait()
     expected = logits.clone()
     for row, token, bias, reduction in [(0, 4, 3.5, 0.625), (0, 9, 0.0, 0.0), (1, 5, -math.inf, 1.25)]:
         value = float(logits[row, token]) + bias
@@ -270,15 +284,124 @@ def test_logprobs_are_those_of_log_softmax(vocab_size: int) -> None:
         assert [order[row].tolist().index(int(chosen[row])) + 1 for row in range(4)] == found.ranks.tolist()
 
 
+@pytest.mark.parametrize("search", [candidates_on_host, candidates_on_device])
 @pytest.mark.parametrize("vocab_size", [50, 64 * 40, 32000, 50257])
 @pytest.mark.parametrize("count", [1, 7, 128])
-def test_top_candidates_are_topk(vocab_size: int, count: int) -> None:
-    logits = torch.randn(5, vocab_size)
+def test_candidates_are_the_largest_equal_ones_by_column(search, vocab_size: int, count: int) -> None:
     count = min(count, vocab_size)
-    values, columns = top_candidates(logits, count)
-    expected = torch.topk(logits, count, dim=1)
-    assert (values == expected.values).all()
-    assert (columns == expected.indices).all()
+    for logits in (torch.randn(5, vocab_size), torch.randn(5, vocab_size).bfloat16().float()):
+        if search is candidates_on_device and vocab_size > 64 * 40:
+            logits += torch.arange(vocab_size) * 1e-6  # which of equal ones it takes at the very end is torch.topk's
+        values, columns = search(logits, count)
+        expected = logits.sort(dim=1, descending=True, stable=True)
+        assert (values == expected.values[:, :count]).all()
+        if search is candidates_on_host or len(logits.unique()) == logits.numel():
+            assert (columns == expected.indices[:, :count]).all()
+        assert (logits.gather(1, columns) == values).all()
+
+
+def test_ties_at_the_edge_of_the_nucleus_are_kept(sampler: Sampler) -> None:
+    """Half of the mass in one token, the rest in equal ones, of which top_p would need only some."""
+    logits = torch.full((1, 1024), -math.inf)
+    logits[0, 10] = 0.0
+    logits[0, 500:532] = -math.log(32.0)
+    noise = (np.arange(640) + 0.5) / 640
+    samples = sampler.sample(logits.expand(640, -1).clone(), inputs(640, top_p=0.6, noise=noise)).wait()
+    drawn = Counter(samples.token_ids)
+    assert drawn[10] == 320
+    assert set(drawn) == {10, *range(500, 532)}
+    assert all(drawn[token] == 10 for token in range(500, 532))
+
+
+@given(
+    st.integers(1, 700),
+    st.floats(0.01, 30.0),
+    st.floats(1e-6, 1.0, exclude_max=True),
+    st.integers(0, 2**32),
+    st.booleans(),
+)
+def test_floor_of_the_nucleus_is_the_reference(size: int, spread: float, top_p: float, seed: int, coarse: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, size, generator=generator) * spread
+    logits = logits.bfloat16().float() if coarse else logits
+    weights = (logits - logits.amax(dim=1, keepdim=True)).exp()
+    floors = nucleus_floor(weights, torch.full((3, 1), top_p, dtype=torch.float64))
+    for row, floor in zip(weights.double(), floors.double(), strict=True):
+        slack = 1e-9 * row.sum()  # masses are rounded down
+        assert (row == floor).any()
+        assert row[row >= floor].sum() >= top_p * row.sum() - slack
+        assert row[row > floor].sum() < top_p * row.sum() + slack
+
+
+class _Watch(TorchDispatchMode):
+    """Records the operators that run; those whose result the host would have to wait for are refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        assert not any(word in name for word in ("nonzero", "_local_scalar", "masked_select", "unique")), name
+        if name.startswith("aten.index"):
+            assert not any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in tree_leaves(args[1:])), name
+        self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def everything(count: int, vocab_size: int) -> SamplingInputs:
+    """A batch of every kind of request, with edits, logprobs and pending tokens."""
+    rng = np.random.default_rng()
+    columns = {name: np.array([SETTINGS[row % 10][name] for row in range(count)]) for name in SETTINGS[0]}
+    columns["temperature"][::7] = 0.0
+    rows = np.repeat(np.arange(count), 3)
+    edits = LogitsEdits(
+        bias_rows=rows,
+        bias_tokens=rng.integers(0, vocab_size, len(rows)),
+        bias_offsets=rng.choice(np.array([-np.inf, 1.5], np.float32), len(rows)),
+        bias_required=np.where(rng.random(len(rows)) < 0.5, -1, rng.integers(0, vocab_size, len(rows))),
+        penalty_rows=np.arange(count),
+        penalty_tokens=np.where(np.arange(count) < count // 2, -1, rng.integers(0, vocab_size, count)),
+        counts=np.zeros(count, np.float32),
+        repetition=np.full(count, 1.3, np.float32),
+        frequency=np.full(count, 0.5, np.float32),
+        presence=np.full(count, 0.25, np.float32),
+        num_pending=count // 2,
+    )
+    places = np.where(np.arange(count) < count // 2, np.arange(count), -1)
+    batch = inputs(
+        count,
+        noise=rng.random(count),
+        num_logprobs=np.arange(count) % 3 - 1,
+        rows=np.arange(count),
+        edits=edits,
+        **columns,
+    )
+    return replace(batch, pending=(torch.randint(0, vocab_size, (count,)), places))
+
+
+def test_what_runs_on_a_device_never_looks() -> None:
+    logits = torch.randn(24, 1500)
+    batch = everything(24, 1500)
+    with _Watch():
+        sampling = Sampler(Draws()).sample(logits, batch)
+    assert len(sampling.wait().token_ids) == 24
+
+
+def test_a_greedy_batch_is_one_reduction() -> None:
+    logits = torch.randn(8, 500)
+    with _Watch() as watch:
+        Sampler(Draws()).sample(logits, inputs(8, temperature=0.0))
+    assert watch.names == ["aten.max.dim"]
+
+
+def test_large_batches_are_drawn_in_parts() -> None:
+    logits = torch.randn(50, 300)
+    batch = inputs(50, noise=np.random.default_rng().random(50), top_p=0.9)
+    draws = Draws()
+    draws.max_elements = 7 * 2**16
+    parts = Sampler(draws).sample(logits.clone(), batch).wait()
+    assert parts.token_ids == Sampler(Draws()).sample(logits.clone(), batch).wait().token_ids
 
 
 def test_logprobs_ignore_edits_and_temperature() -> None:

@@ -23,6 +23,7 @@ _UNIT = 2.0**40
 """The mass of a row's most likely token."""
 _BELOW_1 = 1.0 - 2.0**-53
 _DIGIT = 2**16
+"""Values of a digit of a weight's bits."""
 
 
 @dataclass(slots=True)
@@ -53,6 +54,10 @@ class Draws:
 
     max_elements = 2**22
     """Logits drawn from at once; about 40 bytes each are needed for the time of the draw."""
+
+    def max_rows(self, vocab_size: int) -> int:
+        """Rows to be drawn from at once."""
+        return max(1, self.max_elements // max(vocab_size, _DIGIT))
 
     def greatest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The largest of each row, NaN if there is one, and its column."""

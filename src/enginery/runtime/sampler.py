@@ -140,7 +140,7 @@ def _groups(inputs: SamplingInputs, draws: Draws, vocab_size: int) -> list[_Grou
         (draws.nucleus, nucleus),
         (draws.open, is_random & ~by_k & ~nucleus),
     )
-    size = max(1, draws.max_elements // vocab_size)
+    size = draws.max_rows(vocab_size)
     groups = []
     for draw, chosen in kinds:
         members = np.flatnonzero(chosen)
