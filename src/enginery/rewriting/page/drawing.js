@@ -226,32 +226,34 @@ class Drawing {
 
   draw() {
     const element = svg("svg", { role: "group", width: this.top.width, height: this.top.height + 4, viewBox: `0 0 ${this.top.width} ${this.top.height + 4}` });
-    this.drawItem(this.top, 0, 0, element, "");
+    this.drawItem(this.top, 0, 0, element);
     return element;
   }
 
-  drawItem(item, x, y, onto, scope) {
+  drawItem(item, x, y, onto) {
     if (item.kind === "door") return;
     if (item.kind === "pill") this.drawPill(item, x, y, onto);
-    else if (item.kind === "node" || item.isShut) this.drawNode(item, x, y, onto, scope);
+    else if (item.kind === "node" || item.isShut) this.drawNode(item, x, y, onto);
     else this.drawBox(item, x, y, onto);
   }
 
   drawBox(item, x, y, onto) {
     const group = svg("g", { class: "box", transform: `translate(${x} ${y})` });
-    if (!item.isTop) {
-      const title = svg("text", { x: 10, y: 16 }, `▾ ${item.box.name}`);
-      const heading = svg("g", { class: "heading toggle", tabindex: 0, role: "button", "aria-expanded": "true", "data-box": item.box.path },
-        svg("rect", { x: 2, y: 2, width: textWidth(item.box.name) + 26, height: 19, rx: 4 }), title);
-      group.append(svg("rect", { class: "frame", width: item.width, height: item.height, rx: 8 }), heading);
-    }
     const wires = svg("g", { class: "wires" });
+    if (!item.isTop) group.append(svg("rect", { class: "frame", width: item.width, height: item.height, rx: 8 }));
     group.append(wires);
+    if (!item.isTop) group.append(this.headingOf(item.box));
     const dx = item.shift;
     const dy = item.isTop ? 2 : 0;
     for (const edge of item.edges) this.drawEdge(edge, item, dx, dy, wires);
-    for (const inner of item.inner) this.drawItem(inner, inner.x + dx, inner.y + dy + this.drop(item, inner), group, item.box.path);
+    for (const inner of item.inner) this.drawItem(inner, inner.x + dx, inner.y + dy + this.drop(item, inner), group);
     onto.append(group);
+  }
+
+  headingOf(box) {
+    return svg("g", { class: "heading toggle", tabindex: 0, role: "button", "aria-expanded": "true", "data-box": box.path },
+      svg("rect", { x: 2, y: 2, width: textWidth(box.name) + 26, height: 19, rx: 4 }),
+      svg("text", { x: 10, y: 16 }, `▾ ${box.name}`));
   }
 
   // Below the heading of a box everything stands lower, except for the doors in its upper side.
@@ -283,7 +285,7 @@ class Drawing {
     onto.append(group);
   }
 
-  drawNode(item, x, y, onto, scope) {
+  drawNode(item, x, y, onto) {
     const { layer, box } = item;
     const rule = layer && this.ruleOf(layer);
     const group = svg("g", {
