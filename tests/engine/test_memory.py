@@ -46,6 +46,39 @@ def test_blocks_follow_from_the_memory_of_the_cache(planned) -> None:
     assert "100 blocks of 16 tokens" in str(plan)
 
 
+def gpu_plan(source: Imported, monkeypatch: pytest.MonkeyPatch, free: int, **settings):
+    """As on a GPU with so much free memory."""
+    monkeypatch.setattr(memory, "available_memory", lambda device: free)
+    run_phases(source.network)
+    network = split(source.network).network
+    return plan_memory(network, outline(network), source.facts, BuildConfig(**settings), "cuda")
+
+
+def test_a_gpu_keeps_room_for_sampling_and_captured_steps(source: Imported, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = gpu_plan(source, monkeypatch, 1 << 30)
+    assert plan.sampling == 4 * 4 * plan.limits.vocab_size * 256
+    assert plan.graphs == plan.activations
+    assert plan.total <= plan.available
+    assert "CUDA graphs" in str(plan)
+    config = BuildConfig(max_num_seqs=256)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2 << 30)
+    measured = memory.measured_plan(plan, config, 1 << 20)
+    assert (measured.activations, measured.graphs) == (1 << 20, 1 << 20)
+    assert measured.available == (2 << 30) + plan.weights
+    assert measured.limits.max_model_len == LONGEST
+
+
+def test_a_gpu_that_is_too_small_is_told_with_what_is_needed(source: Imported, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ResourceError, match=r"weights of .* do not fit into 1.00 MiB free on cuda") as caught:
+        gpu_plan(source, monkeypatch, 1 << 20)
+    assert "--max-num-batched-tokens" in str(caught.value)
+
+
+def test_a_cache_that_leaves_no_room_for_a_step_is_refused(source: Imported, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ResourceError, match="does not fit.*--kv-cache-memory"):
+        gpu_plan(source, monkeypatch, 1 << 30, kv_cache_memory=1 << 30)
+
+
 def test_no_more_blocks_than_can_be_used(planned) -> None:
     assert planned(max_num_seqs=2).limits.num_blocks == 2 * LONGEST // 16 + 1
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from enginery.engine.protocol import EngineLimits, StepInputs
-from enginery.errors import QueueFullError, RequestError, UsageError
+from enginery.errors import DeviceError, QueueFullError, RequestError, UsageError
 from enginery.runtime.fake_engine import FakeEngine
 from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams
 from enginery.runtime.session import Session, SessionConfig
@@ -253,6 +253,21 @@ def test_a_dead_engine_ends_every_request(overlap: bool) -> None:
     outputs = session.generate([[1], [2], [3]], GREEDY)
     assert [output.outputs[0].finish_reason for output in outputs] == ["error"] * 3
     check_idle(session)
+
+
+class LostEngine(FakeEngine):
+    """Its device dies at the third step."""
+
+    def execute(self, inputs: StepInputs) -> torch.Tensor:
+        if self.num_steps == 2:
+            raise DeviceError("the GPU failed: an illegal memory access was encountered", "Start again")
+        return super().execute(inputs)
+
+
+def test_a_lost_device_ends_the_session_with_one_error() -> None:
+    session = Session(LostEngine(EngineLimits(VOCABULARY, 96, 64, 16, 200, 4)))
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        session.generate([[1], [2]], GREEDY)
 
 
 def test_every_banned_token_is_an_error_of_that_request() -> None:

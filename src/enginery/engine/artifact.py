@@ -129,6 +129,11 @@ class Artifact:
         paths = [self.directory / name for name in names]
         return {path.stem: path for path in paths if path.is_file() and path.suffix == ".pt2"}
 
+    def is_foreign(self, fingerprint: str) -> bool:
+        """It came with compiled regions, but with none for this machine."""
+        folders = {name.split("/")[1] for name in self.manifest.files if name.startswith(f"{KERNELS}/")}
+        return bool(folders) and fingerprint not in folders
+
 
 def open_artifact(directory: Path, *, report: Callable[[str, int, int], None] | None = None) -> Artifact:
     """Verifies every byte and reads the network.

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from enginery.engine.artifact import Artifact, open_artifact
 from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.compile import Compilation, Run, load
 from enginery.engine.config import BuildConfig
+from enginery.engine.gpu import obstacle
 from enginery.engine.graphs import GraphedStep, LaunchedStep, empty_step
 from enginery.engine.inputs import InputBuffer, StepShape
 from enginery.engine.manifest import Facts, Manifest
-from enginery.engine.memory import MemoryPlan, caches, measured_plan, plan_memory, pool_shape
+from enginery.engine.memory import TOO_LARGE, MemoryPlan, caches, measured_plan, plan_memory, pool_shape
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.engine.regions import Outline, outline
 from enginery.engine.steps import CompiledStep, EagerStep, HostStep, Step
@@ -76,7 +77,7 @@ class Engine:
             if config.backend == "compiled":
                 packages = compile_regions(self.regions, self.device.type, progress)
                 self._runs = {key: load(path, self.device.type) for key, path in packages.items()}
-            self._weights = {name: future.result() for name, future in moved.items()}
+            self._weights = _arrived(moved, self.plan)
         self._run: Callable[[StepInputs], torch.Tensor] | None = (
             self._open_host() if self.device.type == "cpu" else self._open_gpu(config, progress)
         )
@@ -111,7 +112,12 @@ class Engine:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        launched.run(shape)
+        try:
+            launched.run(shape)
+        except StepError as error:
+            raise ResourceError(
+                f"a step of {tokens} tokens does not run: {error}", "Lower --max-num-batched-tokens or --max-num-seqs"
+            ) from error
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
         self._pools = {}
@@ -158,6 +164,12 @@ class Engine:
         if config.backend == "compiled":
             cache = CodeCache(fingerprint(artifact.manifest.device))
             cache.adopt(artifact.kernels(cache.fingerprint), trust=trust_engine_code)
+            if artifact.is_foreign(cache.fingerprint):
+                warnings.warn(
+                    f"{directory} was compiled for another machine or torch: its regions are compiled again, once",
+                    EngineryWarning,
+                    stacklevel=2,
+                )
         return cls.open(artifact, config, progress)
 
     @classmethod
@@ -231,7 +243,7 @@ class Engine:
         pools = caches(self._network)
         try:
             return {pool.name: _zeros((num_blocks, *pool_shape(pool)), pool.dtype, self.device) for pool in pools}
-        except (RuntimeError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError):
             raise ResourceError(
                 f"the KV cache of {self.plan.kv_cache >> 20} MiB cannot be allocated on {self.device}",
                 "Lower --kv-cache-memory",
@@ -243,6 +255,16 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def _arrived(moved: Mapping[str, Future[torch.Tensor]], plan: MemoryPlan) -> dict[str, torch.Tensor]:
+    """The weights on their device."""
+    try:
+        return {name: future.result() for name, future in moved.items()}
+    except torch.OutOfMemoryError:
+        raise ResourceError(
+            f"the weights of {plan.weights / 2**30:.2f} GiB do not fit on {plan.device}", TOO_LARGE
+        ) from None
 
 
 def warn_of_references(rows: Sequence[Row]) -> None:
@@ -304,10 +326,9 @@ def _require_same(manifest: Manifest, config: BuildConfig, directory: Path) -> N
         raise UsageError(
             f"{directory} was built for {manifest.device}, not {config.device}", "Leave --device out, or build it again"
         )
-    if manifest.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            f"{directory} was built for cuda and torch finds no CUDA device", "Build it again with --device cpu"
-        )
+    found = obstacle(config.backend) if manifest.device == "cuda" else None
+    if found is not None:
+        raise UsageError(f"{directory} was built for cuda: {found.cause}", found.fix)
 
 
 def _set_threads() -> None:

@@ -25,6 +25,7 @@ KV_SHARE: Mapping[str, float] = {"cpu": 0.6, "cuda": 0.95}
 """part of what weights and activations leave that the KV cache takes where the configuration names no size"""
 KV_REASONABLE = 4 << 30
 """bytes of main memory beyond which a KV cache has to be asked for, unless one sequence needs more"""
+TOO_LARGE = "Free the GPU (`nvidia-smi` names who uses it), lower --max-num-batched-tokens, or use --quantization fp8"
 SAMPLING_COPIES = 4
 """of the logits, at most, while tokens are drawn from them"""
 SPARE_BYTES = 256 << 20
@@ -142,14 +143,21 @@ def _with_blocks(plan: MemoryPlan, config: BuildConfig) -> EngineLimits:
     limits = plan.limits
     useful = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size) + 1
     memory = config.kv_cache_memory
+    room = plan.available - plan.weights - plan.working
+    if plan.device == "cuda" and room <= 0:
+        raise ResourceError(
+            f"weights of {_human(plan.weights)} and {_human(plan.working)} for a step of {limits.max_num_tokens} "
+            f"tokens do not fit into {_human(plan.available)} free on {plan.device}",
+            TOO_LARGE,
+        )
     if memory is None:
-        memory = int(KV_SHARE[plan.device] * max(0, plan.available - plan.weights - plan.working - SPARE_BYTES))
+        memory = int(KV_SHARE[plan.device] * max(0, room - SPARE_BYTES))
         if plan.device == "cpu":
             longest = -(-limits.max_model_len // limits.block_size) * plan.block
             memory = min(memory, max(KV_REASONABLE, longest))
-    elif memory > plan.available:
+    elif memory > (room if plan.device == "cuda" else plan.available):
         raise ResourceError(
-            f"the KV cache of {_human(memory)} does not fit into {_human(plan.available)} on {plan.device}",
+            f"the KV cache of {_human(memory)} does not fit into {_human(min(room, plan.available))} on {plan.device}",
             "Lower --kv-cache-memory",
         )
     blocks = min(useful, memory // plan.block) if plan.block else useful

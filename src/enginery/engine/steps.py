@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from enginery.engine.compile import Run
+from enginery.engine.gpu import step_error
 from enginery.engine.protocol import StepInputs
 from enginery.engine.regions import Outline, Region
-from enginery.errors import StepError
 from enginery.network import Network, Program, Tensor
 
 Step = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
@@ -69,7 +69,7 @@ class CompiledStep:
             try:
                 results = call.run(arguments)  # type: ignore[arg-type]
             except (RuntimeError, MemoryError) as error:
-                raise StepError(f"region {call.name} failed: {_line(error)}", "See ENGINERY_DEBUG") from error
+                raise step_error(f"region {call.name}", error) from error
             for slot, result in zip(call.results, results, strict=True):
                 values[slot] = result
             for slot in call.dead:
@@ -95,7 +95,7 @@ class EagerStep:
         try:
             return self._program([*(inputs[name] for name in self._names), *self._fixed])[0]
         except Exception as error:
-            raise StepError(f"the network failed: {_line(error)}", "See ENGINERY_DEBUG") from error
+            raise step_error("the network", error) from error
 
 
 class HostStep:
@@ -112,10 +112,6 @@ class HostStep:
         if len(inputs.logits_indices) == 0:  # compiled code wants at least one row: it is computed and dropped
             values["logits_indices"] = torch.tensor([len(inputs.token_ids) - 1])
         return self._step(values)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 __all__ = ["CompiledStep", "EagerStep", "HostStep", "Step"]

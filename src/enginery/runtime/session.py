@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from enginery.engine.protocol import Engine
-from enginery.errors import QueueFullError, RequestError, UsageError
+from enginery.errors import DeviceError, QueueFullError, RequestError, UsageError
 from enginery.runtime.batch import Batch, LogitsPlan, PromptRows, places
 from enginery.runtime.detokenizer import Tokenizer
 from enginery.runtime.intake import Intake
@@ -103,7 +103,8 @@ def _decides(sequence: Sequence) -> bool:
 class Session:
     """Serves requests on one engine. Not thread-safe: one thread adds, steps and cancels.
 
-    An error that belongs to one request finishes that request with finish_reason "error"; the session goes on.
+    An error that belongs to one request finishes that request with finish_reason "error"; the session goes on. Only a
+    device that is lost ends it: `step` raises DeviceError.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, config: SessionConfig | None = None) -> None:
@@ -268,6 +269,8 @@ class Session:
             return Flight(schedule, [], is_foreseeable=True)
         try:
             run = self._run(schedule.items, None if before is None else before.sampled)
+        except DeviceError:
+            raise
         except Exception:
             return None
         return Flight(schedule, [run], is_foreseeable=not any(map(_decides, run.plan.sequences)))
@@ -282,6 +285,8 @@ class Session:
             if item.sequence.status is Status.RUNNING:
                 try:
                     runs.append(self._run([item], None))
+                except DeviceError:
+                    raise
                 except Exception as error:
                     runs.append(Ran([item], error=error))
         return Flight(schedule, runs, is_foreseeable=False)
@@ -336,10 +341,10 @@ class Session:
         return outputs
 
     def _wait(self, run: Run | Ran) -> list[Ran]:
-        """The outcome; if the device failed, that of each sequence."""
+        """The outcome. A device that fails while it computes is lost with all that it holds."""
         if isinstance(run, Ran):
             return [run]
         try:
             return [run.wait()]
-        except Exception as error:
-            return [Ran([item], error=error) for item in run.items]
+        except RuntimeError as error:
+            raise DeviceError(f"the GPU failed in a step: {str(error).splitlines()[0][:300]}", "Start again") from error
