@@ -46,10 +46,13 @@ MODELS: Mapping[str, tuple[type[hf.PreTrainedConfig], dict[str, Any]]] = Mapping
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 """what configurations call the number of layers"""
 
+LAYOUT = "SinkTransposes + TransposeOfUnsqueeze + SelectBeforeTranspose + CancelTransposes"
+"""They move transposes until these cancel, one of them alone moves little."""
+GLUE = ("FuseAddNorm", "FuseSiluMul", "FuseRotary")
+
 FIRES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "llama": (
-        "MergeParallelLinears", "PackLinears", "GatherEarlier", "FuseAddNorm", "FuseSiluMul", "FuseRotary",
-        "ScaleBeforeLinear", "SinkTransposes", "TransposeOfUnsqueeze", "SelectBeforeTranspose", "CancelTransposes",
+        "MergeParallelLinears", "PackLinears", "GatherEarlier", *GLUE, "ScaleBeforeLinear", LAYOUT,
         "CommonSubexpressions", "DropCasts", "DropIdentities", "ViewToReshape", "MergeReshapes", "PageAttention",
     ),
     "llama, tied": ("PackTiedEmbedding",),
@@ -63,12 +66,11 @@ FIRES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "bloom": ("ExpandBaddbmm",),
     "mpt": ("DropCopies",),
 })  # fmt: skip
-"""Each rule on one model that it fires on."""
+"""Each rule on one model that it fires on, alone or with those that it works with."""
 
-GPU_ARMS: tuple[tuple[str, ...], ...] = (
-    ("MergeParallelLinears",), ("SkinnyLinears",), ("FuseAddNorm",), ("FuseSiluMul",), ("FuseRotary",),
-    ("FuseAddNorm", "FuseSiluMul", "FuseRotary"), ("ScaleBeforeLinear",), ("SinkTransposes",),
-    ("CommonSubexpressions",),
+ON_GPU = (
+    "MergeParallelLinears", "SkinnyLinears", *GLUE, " + ".join(GLUE), "ScaleBeforeLinear", LAYOUT,
+    "CommonSubexpressions",
 )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from record import RESULTS
 
 BEGIN, END = "<!-- begin: benchmarks/rules.py --markdown -->", "<!-- end -->"
 DEVICES = ("cpu", "cuda")
+NOISE, TOGETHER = "noise", " + "
+"""names of rows: a network beside itself; between rules that are switched together"""
 
 Record = Mapping[str, Any]
 
@@ -42,7 +44,7 @@ def rules() -> Iterator[tuple[type[PatternRewriter], str, str]]:
     """Each rule once, the names of its phases, and whether it is on."""
     found: dict[type[PatternRewriter], list[str]] = {}
     for phase in PHASES:
-        for rule in (*phase.rules, *phase.optional):
+        for rule in (*phase.rules, *phase.on_request):
             found.setdefault(rule, []).append(phase.name)
     off = optional_rules()
     for rule, phases in found.items():
@@ -60,13 +62,16 @@ def _record(path: Path) -> Record:
 
 
 def _gain(found: Record, rule: str) -> str:
-    row = found.get("results", {}).get("rules", {}).get(rule)
-    if row is None:
+    outcome = found.get("results", {}).get("rules", {})
+    name = rule if rule in outcome else next((each for each in outcome if rule in each.split(TOGETHER)), None)
+    if name is None:
         return "–"
+    row = outcome[name]
     if "needed" in row:
         return "needed"
     batches = [value for value in row.values() if isinstance(value, dict)]
-    return " · ".join(f"{value['gain, %']:+.1f}" for value in batches) + f" % ({row['model']})"
+    where = row["model"] if name == rule else f"{row['model']}, {name.count(TOGETHER) + 1} rules together"
+    return " · ".join(f"{value['gain, %']:+.1f}" for value in batches) + f" % ({where})"
 
 
 def _provenance(found: Record) -> str:
@@ -75,8 +80,8 @@ def _provenance(found: Record) -> str:
         [n for n, v in row.items() if isinstance(v, dict)] for row in outcome.values() if "needed" not in row
     )
     spread = ""
-    if "noise" in outcome:
-        values = [outcome["noise"][name] for name in batches]
+    if NOISE in outcome:
+        values = [outcome[NOISE][name] for name in batches]
         spread = "; noise " + " · ".join(f"{v['gain, %']:+.1f} ± {v['spread, %']:.1f}" for v in values) + " %"
     machine = hardware.get("gpu", f"{hardware['cpu']}, {hardware['cores']} cores") + f", torch {versions['torch']}"
     return (

@@ -41,11 +41,10 @@ from enginery.llm import import_network
 from enginery.network import Dim, Network
 from enginery.rewriting.pipeline import optional_rules
 from record import record
-from rule_models import FIRES, GPU_ARMS, checkpoint, llama_8b
-from rule_table import put_table
+from rule_models import FIRES, ON_GPU, checkpoint, llama_8b
+from rule_table import NOISE, TOGETHER, put_table
 
 BLOCK = 16
-NOISE = "noise"
 Step = Callable[[], float]
 """runs one step and gives its seconds"""
 
@@ -166,47 +165,40 @@ def compare(without: Step, with_it: Step, rounds: int) -> dict[str, float]:
     return {"without, µs": before, "with, µs": after, "gain, %": middle, "spread, %": (high - low) / 2}
 
 
-def arms(device: str, only: Sequence[str]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """Models, and the sets of rules that are measured on each."""
-    groups = {"llama-8b": [(), *GPU_ARMS]} if device == "cuda" else {
-        model: [(), *((rule,) for rule in rules)] if model == "llama" else [(rule,) for rule in rules]
-        for model, rules in FIRES.items()
-    }  # fmt: skip
-    for model, sets in groups.items():
-        wanted = [rules for rules in sets if not only or title(rules) in only]
+def arms(device: str, only: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Models, and the rules that are measured on each."""
+    groups = {"llama-8b": (NOISE, *ON_GPU)} if device == "cuda" else {**FIRES, "llama": (NOISE, *FIRES["llama"])}
+    for model, names in groups.items():
+        wanted = [name for name in names if not only or name in only]
         if wanted:
             yield model, wanted
 
 
-def title(rules: tuple[str, ...]) -> str:
-    return " + ".join(rules) or NOISE
-
-
-def measure(
-    model: str, sets: list[tuple[str, ...]], options: argparse.Namespace
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(model: str, names: list[str], options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     device, known = options.device, optional_rules()
     source = llama_8b(options.layers, device) if device == "cuda" else checkpoint(model, options.layers)
     plain = Subject(source, BuildConfig(device=device))
-    for rules in sets:
-        row: dict[str, Any] = {"model": model, "default": "off" if rules and rules[0] in known else "on"}
+    for name in names:
+        rules = [] if name == NOISE else name.split(TOGETHER)
+        is_off = any(rule in known for rule in rules)
+        row: dict[str, Any] = {"model": model, "default": "off" if is_off else "on"}
         config = BuildConfig(
             device=device,
-            rules=tuple(known[rule]() for rule in rules if rule in known),
-            disabled_rules=tuple(rule for rule in rules if rule not in known),
+            rules=tuple(known[rule]() for rule in rules if is_off),
+            disabled_rules=tuple(rule for rule in rules if not is_off),
         )
         try:
             changed = Subject(source, config)
         except UnsupportedError as error:
-            yield title(rules), {**row, "needed": str(error)}
+            yield name, {**row, "needed": str(error)}
             continue
-        without, with_it = (plain, changed) if row["default"] == "off" else (changed, plain)
+        without, with_it = (plain, changed) if is_off else (changed, plain)
         row["applied"] = sum(with_it.applied.get(rule, 0) for rule in rules)
         row["layers"] = f"{without.layers} → {with_it.layers}"
         row["regions"] = f"{without.regions} → {with_it.regions}"
         for batch in BATCHES[device]:
             row[batch.name] = compare(without.step(batch), with_it.step(batch), options.rounds)
-        yield title(rules), row
+        yield name, row
 
 
 def shown(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,8 +225,8 @@ def main() -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     only = [name.strip() for name in options.only.split(",") if name.strip()]
     results: dict[str, Any] = {}
-    for model, sets in arms(options.device, only):
-        for name, row in measure(model, sets, options):
+    for model, names in arms(options.device, only):
+        for name, row in measure(model, names, options):
             results[name] = row
             print(json.dumps({name: shown(row)}, ensure_ascii=False), flush=True)
     table = {

@@ -69,4 +69,4 @@ def test_rules_that_fire(name: str, tmp_path: Path) -> None:
 
 def test_no_rule_is_forgotten() -> None:
     shown = {rule for rules in FIRES.values() for rule in rules}
-    assert set(rule_names()) - shown == NOWHERE
+    assert set(rule_names()) - shown <= NOWHERE
