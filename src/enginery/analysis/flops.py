@@ -114,10 +114,8 @@ def _attention(layer: Layer, layout: Layout, step: Step) -> int:
     """One packed sequence: query [T, Hq, Dk], value [T, Hkv, Dv]."""
     tokens, heads, size = layout.shape(layer.arguments["query"])
     window = layer.arguments["window"]
-    if layer.arguments["causal"]:
-        pairs = visible_pairs(tokens, 0, window)
-    else:
-        pairs = tokens * tokens if window is None else 2 * visible_pairs(tokens, 0, window) - tokens
+    future = 0 if layer.arguments["causal"] else tokens * (tokens - 1) // 2
+    pairs = visible_pairs(tokens, 0, window) + future
     return 2 * heads * pairs * (size + layout.shape(layer.arguments["value"])[-1])
 
 

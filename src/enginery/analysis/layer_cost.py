@@ -37,11 +37,14 @@ class CostAnalyzer(PatternAnalyzer):
     """LayerCost of every layer of `network` but views, which cost nothing.
 
     `weights`: inputs of the network that hold weights, as those of an engine's regions do; constants always are.
+    Raises UsageError where a symbolic size of the network has no value in the step.
     """
 
     def __init__(self, network: Network, step: Step, weights: Iterable[Tensor] = ()) -> None:
         self.step = step
         self.layout = Layout(step.symbols)
+        for tensor in network.inputs:
+            self.layout.shape(tensor)
         self.known = known_values(network, weights)
 
     def analyze(self, root: Layer) -> LayerCost | None:

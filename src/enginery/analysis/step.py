@@ -24,8 +24,9 @@ class Step:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.sequences < 1 or self.context < 0 or self.block_size < 1:
-            raise UsageError(f"{self} is no step", "Give at least one sequence and a context of at least 0")
+        for name, value, least in (("sequences", self.sequences, 1), ("context", self.context, 0)):
+            if value < least:
+                raise UsageError(f"--{name} {value} is no step", f"Give a number of at least {least}")
         if self.tokens < self.sequences:
             raise UsageError(
                 f"{self.tokens} new tokens cannot be divided over {self.sequences} sequences",

@@ -85,11 +85,14 @@ def profile_model(model: str | None, options: InspectOptions) -> Profiled:
     from enginery.llm import step_network
 
     arguments = options.arguments()
+    if options.measure and options.backend != "compiled":
+        raise UsageError("only a compiled engine has regions to measure", "Leave --backend out")
+    device = None if options.device_spec is None else find_device(options.device_spec)
     network, manifest = step_network(model, **arguments)
     step = options.step(manifest.facts.max_position_embeddings)
     measured = measure_model(model, step, arguments) if options.measure else {}
-    device = this_device(manifest.device) if options.device_spec is None else find_device(options.device_spec)
-    return Profiled(profile_regions(network, step, device), audit_dtypes(network), measured)
+    found = profile_regions(network, step, device or this_device(manifest.device))
+    return Profiled(found, audit_dtypes(network), measured)
 
 
 def profile_regions(network: Network, step: Step, device: Device) -> Profile:
@@ -115,11 +118,8 @@ def measure_model(model: str | None, step: Step, arguments: Mapping[str, Any]) -
     from enginery.engine.config import BuildConfig
     from enginery.llm import open_model
 
-    config = BuildConfig(**arguments)
-    if config.backend != "compiled":
-        raise UsageError("only a compiled engine has regions to measure", "Leave --backend out")
     with Progress() as progress:
-        opened = open_model(model, config, progress=progress)
+        opened = open_model(model, BuildConfig(**arguments), progress=progress)
     opened.engine.close()
     return region_timer(open_artifact(opened.directory), step).measure()
 
