@@ -20,8 +20,8 @@ KNOBS = (
     Knob("ENGINERY_CACHE", "~/.cache/enginery", "directory of built engines and compiled kernels"),
     Knob("ENGINERY_THREADS", "0", "threads of the CPU kernels; 0: one per physical core this process may use"),
     Knob("ENGINERY_CXX", "g++", "C++ compiler of the CPU kernels and of compiled regions"),
-    Knob("ENGINERY_DEBUG", "0", "1: phases and counts; 2: each rewrite; 3: declines; 4: networks; 5: networks as Python"),
-    Knob("ENGINERY_DUMP", "", "directory that receives the network before and after each phase, as text and as runnable Python"),
+    Knob("ENGINERY_DEBUG", "0", "1: phases and counts; 2: each rewrite; 3: declines; 4: networks; 5: as Python too"),
+    Knob("ENGINERY_DUMP", "", "directory that receives the network behind each phase, as text and as runnable Python"),
 )
 
 
