@@ -12,11 +12,13 @@ from enginery.errors import NetworkError
 from enginery.network import diff, dot, edit, fx, interpreter, parsing, python, text, verify
 from enginery.network.dim import Size
 from enginery.network.layer import Layer, Provenance
-from enginery.network.operator import Operator, signature
+from enginery.network.operator import Operator, Signature, signature
 from enginery.network.tensor import Tensor
 from enginery.network.types import infer_types
 
 _ORDER_GAP = 1 << 40
+APPEND_ONLY = "only be appended to"
+"""the guard of a network while a rewrite rule runs"""
 
 
 class Network:
@@ -216,9 +218,7 @@ class Network:
         known = signature(op)
         if types is None:
             types = infer_types(op, args)
-        if name is None:
-            name = f"{self._module_path}.{known.short_name}" if self._module_path else known.short_name
-        name = self._claim(name)
+        name = self._claim(name if name is not None else self._name_for(known))
         layer = Layer(self, name, known, op, args)
         if len(types) == 1:
             ((shape, dtype),) = types
@@ -275,7 +275,7 @@ class Network:
     def guarded(self, *, append: bool) -> Iterator[None]:
         """Inside, a change raises NetworkError; layers and constants may be added if `append`."""
         saved = self._guard
-        self._guard = "only be appended to" if append else "not be changed"
+        self._guard = APPEND_ONLY if append else "not be changed"
         try:
             yield
         finally:
@@ -328,6 +328,10 @@ class Network:
     def _move(self, layer: Layer, place: Layer | None) -> None:
         self._unlink(layer)
         self._link_before(layer, place)
+
+    def _name_for(self, known: Signature) -> str:
+        """What a call that is appended now is named after."""
+        return f"{self._module_path}.{known.short_name}" if self._module_path else known.short_name
 
     def _claim(self, name: str) -> str:
         """A name that nothing else has: the given one, or it with a number."""
@@ -389,7 +393,7 @@ class Appending:
         network = self._network
         self._saved = network._cursor, network._module_path, network._provenance, network._guard
         network._cursor, network._module_path, network._provenance = self._layer, self._layer.module_path, None
-        network._guard = "only be appended to"
+        network._guard = APPEND_ONLY
 
     def __exit__(self, *_: Any) -> None:
         network = self._network

@@ -20,13 +20,21 @@ class Edit:
     Only the newest edit of a network that is not yet undone may be undone.
     """
 
-    __slots__ = ("_before", "_constants", "_inputs", "_log", "added", "network", "root")
+    __slots__ = (
+        "_before", "_constants", "_inputs", "_log", "added", "answer", "erased", "moved", "network", "rebound", "root",
+    )  # fmt: skip
 
     def __init__(self, network: Network, root: Layer) -> None:
         self.network, self.root = network, root
         self._before = root._previous
         self._constants, self._inputs = len(network._constants), len(network._inputs)
+        self.answer: Any = None
+        """what it repeats, or what will be repeated as it"""
         self.added: list[Layer] = []
+        self.rebound: list[Layer] = []
+        """those that read another value now"""
+        self.erased: list[Layer] = []
+        self.moved: list[Layer] = []
         self._log: list[tuple[Callable[..., None], tuple]] = []
         """what to call, last entry first, to be back where the edit began"""
 
@@ -51,6 +59,7 @@ class Edit:
             if user not in added:
                 log.append((user._set_args, (user._args,)))
                 user.replace_input(old, new)
+                self.rebound.append(user)
         for name in old.output_names:
             log.append((self.network.set_output, (name, old)))
             self.network.set_output(name, new)
@@ -72,15 +81,14 @@ class Edit:
                     _set_type(output, shape, dtype)
                     pending.update(dict.fromkeys(output._uses))
 
-    def erase_unused(self, replaced: Collection[Layer], matched: Iterable[Layer]) -> list[Layer]:
-        """Erases the matched layers that nobody reads any more, and what only they needed. Returns the erased ones.
+    def erase_unused(self, replaced: Collection[Layer], matched: Iterable[Layer]) -> None:
+        """Erases the matched layers that nobody reads any more, and what only they needed.
 
         A call with effects goes only if it was replaced.
         """
         pending = list(matched)
         pending.reverse()
-        erased: list[Layer] = []
-        network, log = self.network, self._log
+        network, log, erased = self.network, self._log, self.erased
         while pending:
             layer = pending.pop()
             if layer.is_removed or _is_read(layer) or (layer.has_effects and layer not in replaced):
@@ -92,11 +100,11 @@ class Edit:
                 parent = tensor.parent
                 if parent is not None and not tensor._uses:
                     pending.append(parent)
-        return erased
 
     def move(self, layer: Layer, place: Layer | None) -> None:
         self._log.append((self.network._move, (layer, layer._next)))
         self.network._move(layer, place)
+        self.moved.append(layer)
 
     def abandon(self) -> None:
         """Takes back what a rule did that declined or raised before its edit was complete."""

@@ -50,13 +50,15 @@ class RewritePatternManager:
         verify: bool | Sequence[Any] | Mapping[str, Any] = False,
         limit: int | None = None,
         args: Mapping[str, Any] | None = None,
+        remember: bool | None = None,
     ) -> Report:
         """Applies the rules until none of them fits any more.
 
         `verify`: run the network before and after on these inputs (True: seeded random ones), compare within
         the tolerance of the dtype, take back every rule that changed an output and say so in the report. `limit`
         bounds the number of applications (default: ten per layer and a thousand). `args` reach the rules as `args`,
-        laid over their own.
+        laid over their own. `remember`: pure rules are asked in one of several equal blocks and the answer is
+        repeated in the others, with the same result (None: where that is likely to be faster).
 
         Raises RewriteError if a rule breaks its contract: the network is then as it was before that rule's application.
         Raises RewriteLimitError beyond `limit`, and RewriteError if a rule's `expect` is not met: as it was
@@ -66,7 +68,9 @@ class RewritePatternManager:
         rules = list(self._rules.values())
 
         def start(without: Collection[str], stop_after: int | None) -> Run:
-            return Run(network, rules, args or {}, limit=bound, stop_after=stop_after, without=without)
+            return Run(
+                network, rules, args or {}, limit=bound, stop_after=stop_after, without=without, remember=remember
+            )
 
         blocks = (
             repeated_blocks(layer.module_path for layer in network)

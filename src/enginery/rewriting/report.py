@@ -38,6 +38,8 @@ class RuleReport:
     matched: int = 0
     """offers whose pattern (or `match`) and constraints fitted"""
     rewritten: int = 0
+    replayed: int = 0
+    """how many of those repeated what the rule had said to an equal layer"""
     declined: Counter[str] = field(default_factory=Counter)
     """by reason"""
     milliseconds: float = 0.0

@@ -42,6 +42,9 @@ class PatternRewriter:
     """the replacement may have another shape or dtype than what it replaces"""
     removes_effects: bool = False
     """the rule may remove calls that write to an argument or draw random numbers"""
+    pure: bool = False
+    """its code keeps no state and depends on nothing but what it reads of layers and tensors (by isinstance, not type):
+    of equal blocks, such as decoder layers, it is asked in one, and its answer is repeated in the others"""
     args: Mapping[str, Any] = {}
     """the rule's own arguments; those of `manager.rewrite(args=…)` are laid over them"""
 

@@ -4,34 +4,26 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 from enginery.errors import EngineryError, RewriteError, RewriteLimitError
 from enginery.network.collection import paused_collection
 from enginery.network.layer import Layer
 from enginery.network.network import Network
 from enginery.rewriting.binding import BoundRule, Way
+from enginery.rewriting.blocks import Block
 from enginery.rewriting.edit import Edit, Pair
 from enginery.rewriting.effects import Effects
-from enginery.rewriting.matcher import ARGS, NETWORK, REASON, Registers, escapes
+from enginery.rewriting.matcher import Registers, escapes
+from enginery.rewriting.memory import Answer, Memory
 from enginery.rewriting.ordering import put_in_order
+from enginery.rewriting.proposal import Candidate, Proposal, propose
+from enginery.rewriting.recording import Recording
 from enginery.rewriting.replacement import pairs_of
 from enginery.rewriting.report import Application, Report, RuleReport
 from enginery.rewriting.rule import MatchFailure
-
-
-@dataclass(slots=True, eq=False)
-class Candidate:
-    """A way into a rule, with what this run keeps for it."""
-
-    way: Way
-    fact: RuleReport
-    args: Mapping[str, Any]
-
-    def decline(self, reason: str) -> None:
-        self.fact.declined[reason] += 1
+from enginery.rewriting.view import View
 
 
 class Run:
@@ -39,10 +31,10 @@ class Run:
 
     def __init__(
         self, network: Network, rules: Sequence[BoundRule], args: Mapping[str, Any], *, limit: int,
-        stop_after: int | None = None, without: Collection[str] = (),
+        stop_after: int | None = None, without: Collection[str] = (), remember: bool | None = None,
     ) -> None:  # fmt: skip
         """`limit` applications are an error; after `stop_after` of them the run ends. Rules in `without` stay
-        out of it.
+        out of it. `remember`: what pure rules said is repeated in equal blocks; None: if that is likely to pay.
         """
         self.network = network
         self.limit, self.stop_after = limit, stop_after
@@ -62,14 +54,27 @@ class Run:
         self._queued: set[Layer] = set()
         self._effects = Effects()
         self._journal: list[Edit] = []
+        self._remember = remember
+        self._memory: Memory | None = None
+        self._pure: set[int] = set()
+        """operators all of whose rules are pure"""
 
     def run(self) -> Report:
         start = perf_counter()
+        network = self.network
+        place = network._cursor, network._module_path
         with paused_collection():
-            for layer in self.network:
-                self._enter(layer)
-            self._drain()
-        self.report.layers_after = len(self.network)
+            try:
+                for layer in network:
+                    self._enter(layer)
+                if self._pays_to_remember():
+                    self._memory = Memory(network)
+                self._drain()
+            finally:
+                network._cursor, network._module_path = place
+        if self._memory is not None:
+            self._memory.count()
+        self.report.layers_after = len(network)
         self.report.milliseconds = (perf_counter() - start) * 1e3
         return self.report
 
@@ -77,24 +82,24 @@ class Run:
         while self._journal:
             self._journal.pop().undo()
 
+    def _pays_to_remember(self) -> bool:
+        """Looking for equal blocks costs as much as asking a few rules at every layer."""
+        if self._remember is None:
+            offers = sum(len(self._by_op[id(layer.op)]) for layer in self._queue if id(layer.op) in self._pure)
+            return offers > 2 * len(self.network)
+        return self._remember
+
     # The worklist
 
     def _drain(self) -> None:
-        queue, queued, by_op, journal = self._queue, self._queued, self._by_op, self._journal
-        clock = perf_counter()
+        queue, queued, journal = self._queue, self._queued, self._journal
+        self._clock = perf_counter()
         while queue:
             layer = queue.popleft()
             queued.discard(layer)
             if layer.is_removed:
                 continue
-            edit = Edit(self.network, layer)
-            for candidate in by_op[id(layer.op)]:
-                done = self._offer(candidate, layer, edit)
-                now = perf_counter()
-                candidate.fact.milliseconds += (now - clock) * 1e3
-                clock = now
-                if done:
-                    break
+            self._offer(layer)
             if len(journal) > self.limit:
                 raise self._limit_error(layer)
             if len(journal) == self.stop_after:
@@ -113,9 +118,11 @@ class Run:
     def _candidates_of(self, layer: Layer) -> tuple[Candidate, ...]:
         found = tuple([candidate for candidate in self._candidates if candidate.way.accepts(layer)])
         self._by_op[id(layer.op)] = found
+        if found and all(candidate.way.rule.source.pure for candidate in found):
+            self._pure.add(id(layer.op))
         return found
 
-    def _tell(self, edit: Edit, pairs: Sequence[Pair], erased: Sequence[Layer]) -> None:
+    def _tell(self, edit: Edit, pairs: Sequence[Pair]) -> None:
         """Queues all that a change may have made matchable.
 
         That is: the new layers, the users of new values as far down as patterns reach, the producers of what
@@ -128,7 +135,7 @@ class Run:
         for _ in range(self._reach - 2):
             level = list(dict.fromkeys([user for layer in level for output in layer.outputs for user in output._uses]))
             touched = touched + level
-        for layer in (*edit.added, *erased):
+        for layer in (*edit.added, *edit.erased):
             for tensor in layer._inputs:
                 if tensor.parent is not None:
                     touched.append(tensor.parent)
@@ -145,55 +152,97 @@ class Run:
 
     # One offer
 
-    def _offer(self, candidate: Candidate, layer: Layer, edit: Edit) -> bool:
-        """Whether the rule changed the network."""
+    def _offer(self, layer: Layer) -> None:
+        """Asks the rules in turn until one of them changes the network."""
+        self.network._cursor, self.network._module_path = layer, layer.module_path
+        candidates, edit = self._by_op[id(layer.op)], Edit(self.network, layer)
+        memory = self._memory if id(layer.op) in self._pure else None
+        block = memory.block_of(layer) if memory is not None else None
+        if memory is None or block is None:
+            self._ask(candidates, edit)
+            return
+        recalled = memory.recall(layer, block)
+        if recalled is not None:
+            self._offer_recalled(candidates, edit, *recalled)
+        else:
+            self._offer_recorded(candidates, edit, memory, block)
+
+    def _ask(self, candidates: Sequence[Candidate], edit: Edit) -> None:
+        for candidate in candidates:
+            if self._settle(candidate, edit, self._propose(candidate, edit)):
+                return
+
+    def _offer_recorded(self, candidates: Sequence[Candidate], edit: Edit, memory: Memory, block: Block) -> None:
+        recording, answer = memory.recording(edit.root, block), Answer()
+        if recording is None:
+            self._ask(candidates, edit)
+            return
+        for i, candidate in enumerate(candidates):
+            proposal = self._propose(candidate, edit, recording)
+            answer.add(candidate, proposal, recording)
+            if proposal.result is not None or i + 1 == len(candidates):
+                memory.learn(edit, block, recording, answer)
+                if not self._settle(candidate, edit, proposal):
+                    edit.answer = None
+                    self._ask(candidates[i + 1 :], edit)
+                return
+            self._settle(candidate, edit, proposal)
+
+    def _offer_recalled(self, candidates: Sequence[Candidate], edit: Edit, answer: Answer, view: View) -> None:
+        proposal = answer.repeat(view, self.network)
+        if proposal is None or answer.candidate is None:
+            self._take_time(candidates[0])
+            return
+        edit.answer = answer
+        if self._settle(answer.candidate, edit, proposal):
+            answer.candidate.fact.replayed += 1
+            return
+        edit.answer = None
+        self._ask(candidates[candidates.index(answer.candidate) + 1 :], edit)
+
+    def _propose(self, candidate: Candidate, edit: Edit, recording: Recording | None = None) -> Proposal:
         try:
-            registers, result = self._propose(candidate, layer)
+            if recording is None:
+                return propose(candidate, edit.root, self.network)
+            with recording:
+                return propose(candidate, edit.root, self.network)
+        except Exception as error:
+            self._fail(candidate, edit, error)
+
+    def _settle(self, candidate: Candidate, edit: Edit, proposal: Proposal) -> bool:
+        """Carries out what a rule proposes; whether that changed the network."""
+        fact = candidate.fact
+        matched, reason, registers, result = proposal
+        fact.tried += 1
+        fact.matched += matched
+        try:
             if result is not None:
                 edit.collect()
                 self._carry_out(candidate, edit, registers, result)
+                self._take_time(candidate)
                 return True
         except MatchFailure as failure:
-            candidate.decline(str(failure) or "MatchFailure")
-        except RewriteError:
-            edit.abandon()
-            raise
+            reason = str(failure)
         except Exception as error:
-            edit.abandon()
-            detail = error.cause if isinstance(error, EngineryError) else f"{type(error).__name__}: {error}"
-            raise _broken(candidate.way, layer, f"raised {detail}", "Correct the rule") from error
+            self._fail(candidate, edit, error)
         edit.abandon()
+        if reason is not None:
+            fact.declined[reason] += 1
+        self._take_time(candidate)
         return False
 
-    def _propose(self, candidate: Candidate, layer: Layer) -> tuple[Registers, Any]:
-        """Runs the rule's code: the captures, and what it returned; None if it declined."""
-        way, fact = candidate.way, candidate.fact
-        matcher = way.matcher
-        fact.tried += 1
-        if matcher is None:
-            registers: Registers = [layer, None, None, None]
-        else:
-            registers = matcher.blank.copy()
-            if not matcher.step(layer.outputs[matcher.output], registers):
-                if registers[REASON] is not None:
-                    candidate.decline(registers[REASON])
-                return registers, None
-            fact.matched += 1
-        registers[NETWORK], registers[ARGS] = self.network, candidate.args
-        with self.network.appending_before(layer):
-            if way.check is not None:
-                verdict = way.check(registers)
-                if verdict is not None and not verdict:
-                    candidate.decline("match returned False" if matcher is None else "check returned False")
-                    return registers, None
-                fact.matched += matcher is None
-            result = way.rewrite(registers)
-        if result is None or result is False:
-            candidate.decline("rewrite returned None")
-            return registers, None
-        if matcher is None and way.check is None:
-            fact.matched += 1
-        return registers, result
+    def _take_time(self, candidate: Candidate) -> None:
+        now = perf_counter()
+        candidate.fact.milliseconds += (now - self._clock) * 1e3
+        self._clock = now
+
+    def _fail(self, candidate: Candidate, edit: Edit, error: Exception) -> NoReturn:
+        """Raises the error of a rule, with the network as before the rule."""
+        edit.abandon()
+        if isinstance(error, RewriteError):
+            raise error
+        detail = error.cause if isinstance(error, EngineryError) else f"{type(error).__name__}: {error}"
+        raise _broken(candidate.way, edit.root, f"raised {detail}", "Correct the rule") from error
 
     def _carry_out(self, candidate: Candidate, edit: Edit, registers: Registers, result: Any) -> None:
         """Makes the change that a rule asked for, or raises MatchFailure where it cannot be."""
@@ -219,6 +268,8 @@ class Run:
         self._commit(candidate, edit, pairs, replaced, matched)
         if matcher is not None and matcher.policies:
             _copy_escapes(matcher, registers, edit)
+        if self._memory is not None:
+            self._memory.note(edit, _changes_types(way, pairs))
 
     def _commit(
         self, candidate: Candidate, edit: Edit, pairs: Sequence[Pair], replaced: Mapping[Layer, None],
@@ -227,20 +278,20 @@ class Run:
         rule, root = candidate.way.rule, edit.root
         names = tuple([layer.name for layer in matched])
         edit.sign(rule.label, names)
-        erased: list[Layer] = []
         for old, new in pairs:
             edit.replace(old, new)
             if len(pairs) > 1 and old.parent is not None:  # a root that is gone need not be given its new inputs
-                erased += edit.erase_unused(replaced, (old.parent,))
-        if rule.source.changes_shape or rule.source.changes_dtype:
+                edit.erase_unused(replaced, (old.parent,))
+        retyped = rule.source.changes_shape or rule.source.changes_dtype
+        if retyped:
             edit.retype(pairs)
-        erased += edit.erase_unused(replaced, matched)
+        edit.erase_unused(replaced, matched)
         self._journal.append(edit)
         candidate.fact.rewritten += 1
         added = tuple([layer.name for layer in edit.added])
-        gone = tuple([layer.name for layer in erased])
+        gone = tuple([layer.name for layer in edit.erased])
         self.report.applications.append(Application(rule.label, root.name, root.module_path, names, added, gone))
-        self._tell(edit, pairs, erased)
+        self._tell(edit, pairs)
 
     def _limit_error(self, layer: Layer) -> RewriteLimitError:
         recent = self.report.applications[len(self.report.applications) // 2 :]
@@ -271,6 +322,11 @@ def _check_types(way: Way, root: Layer, pairs: Sequence[Pair]) -> None:
             raise _broken(way, root, f"returned {new!r} for {old!r}", fix)
 
 
+def _changes_types(way: Way, pairs: Sequence[Pair]) -> bool:
+    rule = way.rule.source
+    return rule.changes_shape or rule.changes_dtype or any(old.is_constant != new.is_constant for old, new in pairs)
+
+
 def _check_returns(
     way: Way, root: Layer, registers: Registers, replaced: Mapping[Layer, None], matched: Mapping[Layer, None]
 ) -> None:
@@ -291,6 +347,7 @@ def _copy_escapes(matcher: Any, registers: Registers, edit: Edit) -> None:
         with edit.network.inserting_before(layer.users[0], provenance=layer.provenance):
             copy = edit.network.add_layer(layer.op, layer.args)
         edit.added.append(copy)
+        edit.moved.append(copy)
         for old, new in zip(layer.outputs, copy.outputs, strict=True):
             edit.replace(old, new)
         edit.erase_unused((), [layer])

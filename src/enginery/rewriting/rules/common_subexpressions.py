@@ -20,12 +20,10 @@ class CommonSubexpressions(PatternRewriter):
         if not inputs or layer.has_effects:
             return None
         fewest = min(inputs, key=lambda tensor: len(tensor.users))
-        block = block_of(layer.module_path)
-        for other in fewest.users:
-            if other is layer:
-                return None  # users come in order: nothing before this call equals it
-            if other.op is layer.op and _same(other.args, layer.args) and block_of(other.module_path) == block:
-                return other.outputs
+        users = fewest.users
+        for other in reversed(users[: users.index(layer)]):
+            if other.op is layer.op and _same(other.args, layer.args):
+                return other.outputs if block_of(other.module_path) == block_of(layer.module_path) else None
         return None
 
 
