@@ -22,7 +22,7 @@ def costs(build: Callable[[Network], object], step: Step | None = None, weights:
     network = Network()
     build(network)
     held = [tensor for tensor in network.inputs if tensor.name in weights]
-    return [each.cost for each in CostAnalyzer(network, step or Step(), held).run(network)]
+    return [each.cost for each in CostAnalyzer(network, step or Step(), held).run()]
 
 
 def chains(build: Callable[[Network], Tensor], step: Step | None = None) -> list[Cost]:
@@ -57,6 +57,7 @@ def test_what_is_folded_is_in_no_total() -> None:
     found = profile(network, Step(), DEVICE)
     assert [row.ops for row in found.rows] == [("linear",)]
     assert found.folded == Cost(weights=6 * 8 * 2, writes=6 * 8 * 4)
+    assert "once       288 B more, when weights are bound" in str(found)
 
 
 def test_weights_may_be_inputs() -> None:

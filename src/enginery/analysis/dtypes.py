@@ -142,9 +142,7 @@ class DtypeAudit:
             f"weights are {_name(self.dtype)}; {up} casts to wider dtypes and {self.casts.total() - up} to narrower"
         ]
         if self.wide:
-            rows = [
-                (fact.path or ".", _name(fact.dtype), _reasons(fact), str(fact.layers)) for fact in self.wide
-            ]
+            rows = [(fact.path or ".", _name(fact.dtype), _reasons(fact), str(fact.layers)) for fact in self.wide]
             lines += columns(("computes wider", "in", "because", "layers"), rows, left=3)
         for trip, count in self.round_trips.items():
             what = (

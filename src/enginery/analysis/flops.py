@@ -34,6 +34,10 @@ def flops(layer: Layer, layout: Layout, step: Step) -> int | None:
     return None if rule is None else rule(layer, layout, step)
 
 
+def has_rule(op: Operator) -> bool:
+    return _rule(op) is not None
+
+
 def is_product(op: Operator) -> bool:
     """It multiplies matrices, on the units whose speed depends on the dtype."""
     return signature(op).short_name in _PRODUCTS

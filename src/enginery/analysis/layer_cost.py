@@ -41,6 +41,7 @@ class CostAnalyzer(PatternAnalyzer):
     """
 
     def __init__(self, network: Network, step: Step, weights: Iterable[Tensor] = ()) -> None:
+        self.network = network
         self.step = step
         self.layout = Layout(step.symbols)
         for tensor in network.inputs:
@@ -58,9 +59,9 @@ class CostAnalyzer(PatternAnalyzer):
             root, moved.cost(counted or 0, self.layout, self.known), moved, dtype, counted is not None, is_folded
         )
 
-    def run(self, network: Network) -> list[LayerCost]:
+    def run(self) -> list[LayerCost]:
         """In execution order."""
-        return AnalysisPatternManager(self).analyze(network)[type(self).__name__]
+        return AnalysisPatternManager(self).analyze(self.network)[type(self).__name__]
 
 
 def known_values(network: Network, weights: Iterable[Tensor] = ()) -> set[Tensor]:

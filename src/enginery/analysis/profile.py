@@ -127,7 +127,8 @@ class Profile:
             "tokens_per_second": self.tokens_per_second,
         }
         rows = [row.to_json() for row in self.rows]
-        return {"step": step, "device": device, "total": total, "rows": rows, "without_flops": dict(self.unknown)}
+        rest = {"once": _cost_json(self.folded), "without_flops": dict(self.unknown)}
+        return {"step": step, "device": device, "total": total, "rows": rows, **rest}
 
     def __str__(self) -> str:
         lines = columns(_COLUMNS, list(self._cells()), gaps=len(self.parts) > 1)
@@ -158,6 +159,8 @@ class Profile:
         yield f"intensity  {cost.intensity:.2f} FLOPs per byte, bound by {self.bound}"
         yield f"roofline   {si(self.seconds, 's')}, {self.tokens_per_second:,.0f} tokens/s"
         yield f"device     {_describe(self.device)}"
+        if self.folded.bytes:
+            yield f"once       {si(self.folded.bytes, 'B')} more, when weights are bound"
         if self.unknown:
             yield f"no FLOPs   {', '.join(f'{name} × {count}' for name, count in self.unknown)}: only bytes are counted"
 
@@ -176,7 +179,7 @@ def profile(
     UsageError where a symbolic size has no value.
     """
     analyzer = CostAnalyzer(network, step, weights)
-    costs = analyzer.run(network)
+    costs = analyzer.run()
     chains = fuse(network, costs, analyzer.layout, analyzer.known)
     unknown = Counter(operator_name(each.layer.op) for each in costs if not each.has_rule and not each.is_folded)
     folded = sum((each.cost for each in costs if each.is_folded), Cost())
