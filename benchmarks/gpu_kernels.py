@@ -209,14 +209,14 @@ def linear_candidates(rows: int, itemsize: int) -> list[Tiles]:
 
 @dataclass(frozen=True)
 class LinearJob:
-    """What decides a compilation: tiles, padded rows, depth, whether the weight is float8, and how launches overlap."""
+    """What decides a compilation: tiles, padded rows, depth, whether the weight is float8, whether a later one is
+    asked for."""
 
     tiles: Tiles
     rows: int
     depth: int
     narrow: bool = False
-    overlap: bool = False
-    ahead: int | None = None
+    asks: bool = False
 
     @classmethod
     def of(cls, tiles: Tiles, rows: int, depth: int, narrow: bool) -> LinearJob:
@@ -234,8 +234,8 @@ def compile_one(job: LaunchPlan | LinearJob) -> str:
             weight, scale = make(64, job.depth), None
             if job.narrow:
                 weight, scale = weight.to(torch.float8_e4m3fn), torch.ones(64, device="cuda")
-            function = partial(linear.skinny_linear, tiles=job.tiles, overlap=job.overlap, ahead=job.ahead)
-            function(make(job.rows, job.depth), weight, scale=scale)
+            following = make(1 << 20) if job.asks else None
+            linear.skinny_linear(make(job.rows, job.depth), weight, scale=scale, tiles=job.tiles, following=following)
         torch.cuda.synchronize()
     except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
         return f"{job}: {str(error).splitlines()[0]}"
@@ -291,39 +291,32 @@ def ranked(rates: dict, count: int) -> list[tuple[str, float]]:
     return [(str(key), round(rate, 3)) for key, rate in best]
 
 
-def layer(rows: int, context: int, function: Callable, *, overlap: bool, layers: int = 6) -> float:
+def layer(rows: int, context: int, function: Callable, *, overlap: bool, asks: bool = False, layers: int = 6) -> float:
     """Microseconds of a layer's heavy kernels, one after another with small element-wise ones between, as in a model.
 
-    `function(input, weight)` does the projections; `overlap` is for attention.
+    `function(input, weight)` does the projections; `overlap` is for attention; with `asks` a projection is given the
+    next one's weight, too.
     """
     batch = Batch.random(rows, 1, context - 1, layers)
     attention = batch.calls(replace(default_plan(rows, 1, context), overlap=overlap))
     make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-    weights = [{name: make(PROJECTIONS[name]) / 100 for name in ("qkv", "o", "gate_up", "down")} for _ in range(layers)]
+    weights = [[make(PROJECTIONS[name]) / 100 for name in LAYER] for _ in range(layers)]
     hidden, gated = make(rows, 4096), make(rows, 14336)
 
     def run(index: int) -> None:
+        qkv, o, gate_up, down = weights[index]
+        project = [partial(function, following=each) if asks else function for each in (o, gate_up, down)]
         hidden.mul_(1.0)
-        function(hidden, weights[index]["qkv"])
+        project[0](hidden, qkv)
         batch.query.mul_(1.0)
         attention[index]()
-        function(hidden, weights[index]["o"])
+        project[1](hidden, o)
         hidden.mul_(1.0)
-        function(hidden, weights[index]["gate_up"])
+        project[2](hidden, gate_up)
         gated.mul_(1.0)
-        function(gated, weights[index]["down"])
+        function(gated, down)
 
     return seconds([partial(run, index) for index in range(layers)]) * 1e6
-
-
-def ways(tiles: Tiles | None = None) -> dict[str, Callable]:
-    """Our linear, as far as launches overlap: not at all; by waiting for the input only; with weights asked for."""
-    ours = partial(linear.skinny_linear, tiles=tiles)
-    return {
-        "ours": partial(ours, overlap=False),
-        "overlap": partial(ours, overlap=True, ahead=0),
-        "overlap, ahead": partial(ours, overlap=True),
-    }
 
 
 def wide_candidates(rows: int) -> list[Tiles]:
@@ -336,7 +329,7 @@ def wide_candidates(rows: int) -> list[Tiles]:
 
 
 def compare_linears(workers: int) -> dict:
-    """Microseconds of each projection, and of a layer's four in a chain: cuBLAS, ours, ours that overlap."""
+    """Microseconds of each projection, and of a layer's four in a chain: cuBLAS and ours."""
     cases = list(itertools.product(PROJECTIONS, LINEAR_ROWS))
     jobs = dict.fromkeys(job for name, rows in cases for job in linear_jobs(rows, *PROJECTIONS[name]))
     good = set(compile_all(list(jobs), workers))
@@ -344,15 +337,15 @@ def compare_linears(workers: int) -> dict:
     for name, rows in cases:
         features, depth = PROJECTIONS[name]
         weights = weights_for(features, depth)
-        run = {"cublas": torch.nn.functional.linear, **ways()}
+        run = {"cublas": torch.nn.functional.linear, "ours": linear.skinny_linear}
         times: dict = {way: microseconds(weights, rows, function) for way, function in run.items()}
         usable = [tiles for tiles in wide_candidates(rows) if LinearJob.of(tiles, rows, depth, False) in good]
-        others = {tiles: microseconds(weights, rows, ways(tiles)["ours"]) for tiles in usable}
+        others = {t: microseconds(weights, rows, partial(linear.skinny_linear, tiles=t)) for t in usable}
         for tiles in sorted(others, key=lambda tiles: others[tiles])[:1]:
             times |= {"best": others[tiles], "tiles": (tiles.block_n, tiles.block_k, tiles.num_warps, tiles.num_stages)}
         results[f"{name} {rows} rows, us"] = times
     for rows in LINEAR_ROWS:
-        run = {"cublas": torch.nn.functional.linear, **ways(), "enginery::linear": linear.linear}
+        run = {"cublas": torch.nn.functional.linear, "ours": linear.skinny_linear, "enginery::linear": linear.linear}
         results[f"chain {rows} rows, us"] = {way: chain(rows, function) for way, function in run.items()}
     return results
 
@@ -360,7 +353,7 @@ def compare_linears(workers: int) -> dict:
 def linear_jobs(rows: int, features: int, depth: int) -> Iterable[LinearJob]:
     """What `compare_linears` runs on one shape."""
     job = LinearJob.of(linear.choose_tiles(rows, features), rows, depth, False)
-    yield from (job, replace(job, overlap=True, ahead=0), replace(job, overlap=True))
+    yield from (job, replace(job, asks=True))
     yield from (LinearJob.of(tiles, rows, depth, False) for tiles in wide_candidates(rows))
 
 
@@ -385,18 +378,24 @@ def chain(rows: int, function: Callable, layers: int = 6) -> float:
 
 
 def compare_layers() -> dict:
-    """Microseconds per layer, with cuBLAS, with our projections, and with launches that overlap."""
+    """Microseconds per layer, with cuBLAS, with our projections, with attention whose launches overlap, and with later
+    weights asked for, so many MiB of each."""
 
-    run: dict[str, tuple[Callable, bool]] = {
-        "cublas": (torch.nn.functional.linear, False),
-        "ours": (ways()["ours"], False),
-        "ours, overlapped": (ways()["overlap, ahead"], True),
-    }
+    def asking(rows: int, context: int, mebibytes: int) -> float:
+        linear.AHEAD_BYTES, before = mebibytes << 20, linear.AHEAD_BYTES
+        try:
+            return layer(rows, context, linear.skinny_linear, overlap=True, asks=True)
+        finally:
+            linear.AHEAD_BYTES = before
+
     return {
         f"layer {rows} x {context}, us": {
-            name: layer(rows, context, way, overlap=on) for name, (way, on) in run.items()
+            "cublas": layer(rows, context, torch.nn.functional.linear, overlap=False),
+            "ours": layer(rows, context, linear.skinny_linear, overlap=False),
+            "attention overlapped": layer(rows, context, linear.skinny_linear, overlap=True),
+            **{f"asking for {size}": asking(rows, context, size) for size in (4, 8, 12, 16, 24, 32)},
         }
-        for rows, context in ((1, 128), (1, 8192), (16, 1024))
+        for rows, context in ((1, 128), (1, 8192), (16, 1024), (32, 192))
     }
 
 
@@ -437,6 +436,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8, help="processes that compile candidates (default: 8)")
     parser.add_argument("--compile", action="store_true", help="only compile the candidates, for a later --tune")
     parser.add_argument("--linear", action="store_true", help="only the projections, in microseconds")
+    parser.add_argument("--layer", action="store_true", help="only a layer's heavy kernels together")
     parser.add_argument("--write", action="store_true", help="keep the record in benchmarks/results/")
     options = parser.parse_args()
     if options.compile:
@@ -444,6 +444,9 @@ def main() -> None:
         return
     if options.linear:
         record("gpu_linears", compare_linears(options.workers), write=options.write)
+        return
+    if options.layer:
+        record("gpu_layer", compare_layers(), write=options.write)
         return
     limit = read_bandwidth()
     measured = measure()

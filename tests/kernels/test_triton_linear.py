@@ -90,12 +90,13 @@ def test_linear_takes_any_leading_shape(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("depth", "wanted", "expected"), [(4096, 512, 512), (4096, 1 << 20, 4096), (44, 512, 0)], ids=str
-)
-def test_what_is_asked_for_ahead_lies_within_the_rows(depth: int, wanted: int, expected: int) -> None:
-    """Nothing where rows do not begin at multiples of 16 bytes."""
-    assert kernels.prefetched(torch.zeros(8, depth, dtype=torch.bfloat16, device=DEVICE), wanted) == expected
+@pytest.mark.parametrize(("nbytes", "programs"), [(1 << 26, 96), (1 << 20, 512), (4096, 1000), (1 << 23, 64)])
+def test_what_is_asked_for_ahead_lies_within_the_weight(nbytes: int, programs: int) -> None:
+    weight = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device=DEVICE)
+    piece = kernels.ahead(weight, programs)
+    assert piece % 16 == 0
+    assert piece * 128 * programs <= min(nbytes, kernels.AHEAD_BYTES)
+    assert kernels.ahead(None, programs) == kernels.ahead(weight[1:], programs) == 0
 
 
 COMPILE = """
@@ -106,32 +107,32 @@ from enginery.kernels.triton import linear
 
 def compiled(kernel, **constants):
     names = kernel.arg_names
-    types = {"rows": "i32", "features": "i32", "input_stride": "i32"}
-    pointers = ("input", "weight", "scale", "bias", "output")
+    types = {"rows": "i32", "features": "i32", "input_stride": "i32", "piece": "i32"}
+    pointers = ("input", "weight", "scale", "bias", "following", "output")
     signature = {name: "*bf16" if name in pointers else types.get(name, "constexpr") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=places, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"launch_pdl": True})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={})
 
-shared = dict(DEPTH=4096, SCALES=0, HAS_BIAS=True, OVERLAP=True)
+shared = dict(DEPTH=4096, SCALES=0, HAS_BIAS=True, HAS_FOLLOWING=True)
 for kernel, extra in (
-    (linear.linear_rows, dict(ROWS=1, BLOCK_N=8, BLOCK_K=512, STAGES=3, AHEAD=1536)),
-    (linear.linear_tiles, dict(ROWS=32, BLOCK_N=64, BLOCK_K=128, STAGES=8, AHEAD=1024, PRECISION="tf32")),
+    (linear.linear_rows, dict(ROWS=1, BLOCK_N=8, BLOCK_K=512, STAGES=3)),
+    (linear.linear_tiles, dict(ROWS=32, BLOCK_N=64, BLOCK_K=128, STAGES=8, PRECISION="tf32")),
 ):
     code = compiled(kernel, **shared, **extra)
-    parts = ("griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2", "griddepcontrol.wait", "cp.async.cg")
+    parts = ("cp.async.bulk.prefetch.L2", "cp.async.cg", "st.global")
     print(code.metadata.shared, *sorted(parts, key=code.asm["ptx"].index))
 """
 
 
-def test_the_code_for_a_gpu_asks_for_weights_waits_and_then_reads(tmp_path: Path) -> None:
+def test_the_code_for_a_gpu_reads_asks_for_the_later_weight_and_then_writes(tmp_path: Path) -> None:
     """Compiled for compute capability 9.0 without a GPU, by another process, for this one may interpret."""
     settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = [sys.executable, "-c", COMPILE]
     done = subprocess.run(run, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    order = "griddepcontrol.launch_dependents cp.async.bulk.prefetch.L2 griddepcontrol.wait cp.async.cg"
+    order = "cp.async.cg cp.async.bulk.prefetch.L2 st.global"
     shared, orders = zip(*(line.split(" ", 1) for line in done.stdout.splitlines()), strict=True)
     assert orders == (order, order)
     assert max(map(int, shared)) <= kernels.H200_SHARED_MEMORY

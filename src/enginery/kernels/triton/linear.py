@@ -4,8 +4,10 @@ Two kernels. *Rows* keeps products in registers and suits one to four rows; *til
 tensor cores as the left operand, with the input padded to 16, 32 or 64 columns. A result depends on its own row and on
 the tiles, never on the other rows. Weights may be float8 (e4m3) with a scale per output feature or per tensor.
 
-A weight never depends on the kernel that runs before, so from compute capability 9.0 on a launch overlaps with it
-(programmatic dependent launch): a program asks the L2 cache for the begin of its weights, and then waits for its input.
+A weight never depends on what a step computes, so it can be on its way before its turn: from compute capability 9.0 on
+a program that is done asks the L2 cache for a piece of the weight that a later linear reads, and memory is busy while
+small kernels (attention, norms) run between the two. (Overlapping the launches themselves, by programmatic dependent
+launch, was measured to lose: waiting programs take room from those that run.)
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 H200_SHARED_MEMORY = 227 << 10
 """Bytes that a program may have there."""
+MOST_ROWS = 32
+"""Above this, cuBLAS is taken: more rows are not bound by the bytes of the weight alone."""
+AHEAD_BYTES = 16 << 20
+"""Of a later weight that are asked for: what memory brings while the kernels between two linears run."""
 
 
 @triton.jit
@@ -35,22 +40,16 @@ def finish(output, sums, scale, bias, features, columns, SCALES: tl.constexpr, H
 
 
 @triton.jit
-def await_input(weight, starts, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr):
-    """Asks for the first AHEAD depths of the rows at `starts`, then waits until the kernel before has ended."""
-    gdc_launch_dependents()
-    # One piece for each of 128 threads, whole multiples of 16 bytes.
-    PIECES: tl.constexpr = max(1, 128 // BLOCK_N)
-    ITEMSIZE: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    PIECE: tl.constexpr = AHEAD * ITEMSIZE // PIECES // 16 * 16
-    if PIECE > 0:
-        offsets = tl.arange(0, PIECES) * (PIECE // ITEMSIZE)
-        addresses = (weight + starts[:, None] + offsets[None, :]).to(tl.int64, bitcast=True)
-        sizes = tl.full([BLOCK_N, PIECES], PIECE, tl.int32)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [addresses, sizes],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    gdc_wait()
+def ask_for(following, piece):
+    """Brings this program's share of `following` to the L2 cache: for each of 128 threads a `piece` of bytes."""
+    ITEMSIZE: tl.constexpr = following.dtype.element_ty.primitive_bitwidth // 8
+    threads = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
+    addresses = (following + threads * (piece // ITEMSIZE)).to(tl.int64, bitcast=True)
+    sizes = tl.zeros([128], tl.int32) + piece
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [addresses, sizes],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -68,49 +67,48 @@ def load_depths(
     return tl.load(pointers)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "piece"])
 def linear_rows(
-    input, weight, scale, bias, output, rows, features, input_stride,
+    input, weight, scale, bias, following, output, rows, features, input_stride, piece,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
+    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FOLLOWING: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_N output features: products in float32 registers, summed over the depth at the end."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Features past the end repeat the last one; they are not stored.
     source = tl.minimum(columns, features - 1).to(tl.int64) * DEPTH
     row = tl.arange(0, ROWS)
-    if OVERLAP:
-        await_input(weight, source, BLOCK_N, AHEAD)
     sums = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         depth = first + tl.arange(0, BLOCK_K)
         weights = load_depths(weight, source, depth, row < rows, False, DEPTH, BLOCK_K)
         inputs = load_depths(input, row * input_stride, depth, row < rows, True, DEPTH, BLOCK_K)
         sums += weights.to(tl.float32)[None, :, :] * inputs.to(tl.float32)[:, None, :]
+    if HAS_FOLLOWING:
+        ask_for(following, piece)
     result = finish(output, tl.sum(sums, 2), scale, bias, features, columns, SCALES, HAS_BIAS)
     place = row[:, None].to(tl.int64) * features + columns[None, :]
     tl.store(output + place, result, (row < rows)[:, None] & (columns < features)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "piece"])
 def linear_tiles(
-    input, weight, scale, bias, output, rows, features, input_stride,
+    input, weight, scale, bias, following, output, rows, features, input_stride, piece,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FOLLOWING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_N output features: (weights · inputsᵀ)ᵀ, the weights on the long side of the tile."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = tl.minimum(columns, features - 1).to(tl.int64) * DEPTH
     row = tl.arange(0, ROWS)
-    if OVERLAP:
-        await_input(weight, source, BLOCK_N, AHEAD)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         depth = first + tl.arange(0, BLOCK_K)
         weights = load_depths(weight, source, depth, row < rows, False, DEPTH, BLOCK_K)
         inputs = load_depths(input, row * input_stride, depth, row < rows, True, DEPTH, BLOCK_K)
         sums = tl.dot(weights.to(inputs.dtype), tl.trans(inputs), sums, input_precision=PRECISION)
+    if HAS_FOLLOWING:
+        ask_for(following, piece)
     result = finish(output, tl.trans(sums), scale, bias, features, columns, SCALES, HAS_BIAS)
     place = row[:, None].to(tl.int64) * features + columns[None, :]
     tl.store(output + place, result, (row < rows)[:, None] & (columns < features)[None, :])
@@ -126,18 +124,14 @@ class Tiles:
     num_warps: int
     num_stages: int
 
-    @property
-    def ahead(self) -> int:
-        """Depths that the pipeline asks for first."""
-        return self.num_stages * self.block_k
-
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a launch depends on: bytes of shared memory a program may have, and whether launches can overlap."""
+    """What a launch depends on: bytes of shared memory a program may have, and whether it can ask for whole pieces of
+    memory."""
 
     shared_memory: int
-    overlap: bool
+    prefetches: bool
 
     @classmethod
     def of(cls, device: torch.device) -> Gpu:
@@ -146,11 +140,6 @@ class Gpu:
         properties = torch.cuda.get_device_properties(device)
         shared_memory = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         return cls(shared_memory, properties.major >= 9)
-
-
-def most_rows(features: int) -> int:
-    """Above this, cuBLAS is taken: it streams a large weight as fast, and more rows are not bound by it alone."""
-    return 32 if features <= 8192 else 16
 
 
 def choose_tiles(rows: int, features: int, itemsize: int = 2, shared_memory: int = H200_SHARED_MEMORY) -> Tiles:
@@ -180,14 +169,12 @@ def skinny_linear(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     tiles: Tiles | None = None,
-    overlap: bool | None = None,
-    ahead: int | None = None,
+    following: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """input `[M, K]`, M ≤ 64; weight `[N, K]` -> input · (weight · scale)ᵀ + bias `[N]`, `[M, N]`, summed in float32.
 
-    The weight is contiguous and of the input's dtype, or float8_e4m3fn with a float32 scale `[1]` or `[N]`. With
-    `overlap` (None: where the GPU can) the kernel before must not write it; `ahead`: depths of it that are asked for
-    meanwhile.
+    The weight is contiguous and of the input's dtype, or float8_e4m3fn with a float32 scale `[1]` or `[N]`. Of
+    `following`, the weight of a later linear, up to AHEAD_BYTES are brought nearer.
     """
     rows, depth = input.shape
     features = weight.shape[0]
@@ -195,7 +182,8 @@ def skinny_linear(
     output = input.new_empty(rows, features)
     gpu = Gpu.of(input.device)
     tiles = tiles or choose_tiles(rows, features, weight.element_size(), gpu.shared_memory)
-    overlap = gpu.overlap if overlap is None else overlap
+    grid = (triton.cdiv(features, tiles.block_n),)
+    piece = ahead(following, grid[0]) if gpu.prefetches else 0
     common = {
         "DEPTH": depth,
         "BLOCK_N": tiles.block_n,
@@ -203,36 +191,38 @@ def skinny_linear(
         "STAGES": tiles.num_stages,
         "SCALES": 0 if scale is None else scale.numel(),
         "HAS_BIAS": bias is not None,
-        "OVERLAP": overlap,
-        "AHEAD": prefetched(weight, tiles.ahead if ahead is None else ahead) if overlap else 0,
+        "HAS_FOLLOWING": piece > 0,
         "num_warps": tiles.num_warps,
-        "launch_pdl": overlap,
     }
-    # A kernel needs a pointer where there is no scale or bias, too; it is never followed.
-    arguments = (input, weight, input if scale is None else scale, input if bias is None else bias, output)
-    grid = (triton.cdiv(features, tiles.block_n),)
+    # A kernel needs a pointer where there is no scale, bias or later weight, too; it is never followed.
+    scale, bias, following = (input if each is None else each for each in (scale, bias, following))
+    pointers, sizes = (input, weight, scale, bias, following, output), (rows, features, input.stride(0), piece)
     if tiles.kernel == "rows":
         power = triton.next_power_of_2(rows)
-        linear_rows[grid](*arguments, rows, features, input.stride(0), ROWS=power, **common)
+        linear_rows[grid](*pointers, *sizes, ROWS=power, **common)
     else:
         precision = "ieee" if input.dtype == torch.float32 else "tf32"
         columns = padded(rows)
-        linear_tiles[grid](*arguments, rows, features, input.stride(0), ROWS=columns, PRECISION=precision, **common)
+        linear_tiles[grid](*pointers, *sizes, ROWS=columns, PRECISION=precision, **common)
     return output
 
 
-def prefetched(weight: torch.Tensor, ahead: int) -> int:
-    """Depths that one prefetch of each row can bring: whole multiples of 16 bytes from an aligned begin."""
-    row = weight.shape[1] * weight.element_size()
-    if row % 16 or weight.data_ptr() % 16:
+def ahead(following: torch.Tensor | None, programs: int) -> int:
+    """Bytes of a later weight that each of 128 threads of a program asks for: a multiple of 16, within the weight."""
+    if following is None or not following.is_contiguous() or following.data_ptr() % 16:
         return 0
-    return min(ahead, weight.shape[1])
+    return min(AHEAD_BYTES, following.nbytes) // (128 * programs) // 16 * 16
 
 
-def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    following: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The contract of `enginery::linear`. Few rows of 16 bits go to the kernels of this file, others to cuBLAS."""
     rows = input.numel() // input.shape[-1] if input.shape[-1] else 0
-    skinny = 0 < rows <= most_rows(weight.shape[0]) and input.element_size() == 2 and input.dtype == weight.dtype
+    skinny = 0 < rows <= MOST_ROWS and input.element_size() == 2 and input.dtype == weight.dtype
     if not skinny or not weight.is_contiguous():
         return torch.nn.functional.linear(input, weight, bias)
-    return skinny_linear(input.reshape(rows, -1), weight, bias).view(*input.shape[:-1], -1)
+    return skinny_linear(input.reshape(rows, -1), weight, bias, following=following).view(*input.shape[:-1], -1)

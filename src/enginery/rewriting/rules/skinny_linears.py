@@ -1,7 +1,6 @@
 """linear(x, W, b) = enginery::linear(x, W, b)
 
-The GPU's own linear: kernels for the few rows of decoding, which may read the weight while the call before them still
-runs. That is right for weights, which no step writes, and for nothing else.
+The GPU's own linear: kernels for the few rows of decoding.
 """
 
 from __future__ import annotations
