@@ -14,6 +14,7 @@ from record import RESULTS
 
 BEGIN, END = "<!-- begin: benchmarks/rules.py --markdown -->", "<!-- end -->"
 DEVICES = ("cpu", "cuda")
+ESCAPED = r"\|"
 NOISE, TOGETHER = "noise", " + "
 """names of rows: a network beside itself; between rules that are switched together"""
 
@@ -36,7 +37,7 @@ def table(results: Path = RESULTS) -> str:
     for rule, phases, default in rules():
         gains = [_gain(records[device], rule.__name__) for device in DEVICES]
         lines.append([f"`{rule.__name__}`", equation(rule), phases, default, *gains])
-    rows = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    rows = "\n".join(f"| {' | '.join(cell.replace('|', ESCAPED) for cell in line)} |" for line in lines)
     return "\n\n".join([rows, *(_provenance(found) for found in records.values() if found)])
 
 

@@ -28,11 +28,11 @@ def test_every_rule_is_measured_somewhere() -> None:
     assert set(rule_names()) - measured <= UNMEASURED
 
 
-def test_the_document_names_every_rule_with_its_equation_and_default() -> None:
+def test_the_document_names_every_rule_with_its_equation_and_default(tmp_path: Path) -> None:
     text = DOCUMENT.read_text()
-    for rule, phases, default in rule_table.rules():
-        row = next(line for line in text.splitlines() if line.startswith(f"| `{rule.__name__}` |"))
-        assert row.startswith(f"| `{rule.__name__}` | {rule_table.equation(rule)} | {phases} | {default} |")
+    for row in rule_table.table(tmp_path).splitlines():
+        beginning = row.removesuffix("| – | – |")  # the gains are those of the records
+        assert any(line.startswith(beginning) for line in text.splitlines()), beginning
 
 
 def ticking(seconds: list[float]) -> Any:
