@@ -11,7 +11,7 @@ from enginery.network import Network
 from enginery.rewriting.page.facts import Phases, page_facts
 
 _HERE = Path(__file__).parent
-_SCRIPTS = ("layout.js", "drawing.js", "page.js")
+_SCRIPTS = ("layout.js", "modules.js", "drawing.js", "panel.js", "page.js")
 
 
 def page(before: Network, after: Network, phases: Phases, *, title: str) -> str:

@@ -14,43 +14,14 @@ function svg(tag, attributes, ...children) {
 const textWidth = (text, size = FONT.size) => text.length * size * FONT.width;
 const shorten = (text, length) => (text.length > length ? text.slice(0, length - 1) + "…" : text);
 const shortType = (type) =>
-  type.replace(/\bbfloat(\d+)\[/, "bf$1[").replace(/\b(float|int|uint|complex)(\d+)/, (_, kind, bits) => kind[0] + bits + "")
+  type
+    .replace(/\bbfloat(\d+)\[/, "bf$1[")
+    .replace(/\b(float|int|uint|complex)(\d+)/, (_, kind, bits) => kind[0] + bits + "")
     .replace(/, /g, ",");
 const tensorsOf = (layer) => [
   ...new Set(layer.args.flatMap((arg) => arg.value.filter((piece) => piece.tensor).map((piece) => piece.tensor))),
 ];
 const literal = (arg) => arg.value.every((piece) => typeof piece === "string");
-
-// The modules of a part as a tree: {path, name, layers, boxes}. A module with a single layer has no box of its own.
-function moduleTree(layers, root) {
-  const tree = { path: root, name: "", layers: [], boxes: new Map() };
-  for (const layer of layers) {
-    const inside = layer.path === root || layer.path.startsWith(root + ".");
-    const rest = root && inside ? layer.path.slice(root.length + 1) : layer.path;
-    let box = tree;
-    for (const name of rest ? rest.split(".") : []) {
-      const path = box.path ? `${box.path}.${name}` : name;
-      if (!box.boxes.has(name)) box.boxes.set(name, { path, name, layers: [], boxes: new Map() });
-      box = box.boxes.get(name);
-    }
-    box.layers.push(layer);
-  }
-  return simplified(tree, true);
-}
-
-function simplified(box, isRoot) {
-  const boxes = [...box.boxes.values()].map((inner) => simplified(inner, false));
-  const own = [...box.layers];
-  const kept = [];
-  for (const inner of boxes) {
-    if (inner.size < 2) own.push(...inner.layers);
-    else if (!isRoot && !box.layers.length && boxes.length === 1) return { ...inner, name: `${box.name}.${inner.name}` };
-    else kept.push(inner);
-  }
-  return { ...box, layers: own, boxes: kept, size: own.length + kept.reduce((sum, inner) => sum + inner.size, 0) };
-}
-
-const layersIn = (box) => [...box.layers, ...box.boxes.flatMap(layersIn)];
 
 // A side of a part, laid out: `closed` has the paths of closed boxes.
 class Drawing {
@@ -86,7 +57,9 @@ class Drawing {
     const layers = [...box.layers];
     for (;;) {
       const items = [...layers, ...boxes].map((member) => this.abstract(member));
-      const bad = tangled(items).map((item) => item.member).filter((member) => member.boxes);
+      const bad = tangled(items)
+        .map((item) => item.member)
+        .filter((member) => member.boxes);
       if (!bad.length) return { ...box, layers, boxes };
       const worst = bad[bad.length - 1];
       boxes.splice(boxes.indexOf(worst), 1, ...worst.boxes);
@@ -104,12 +77,15 @@ class Drawing {
 
   // What enters and leaves the part as a whole.
   pills() {
-    const outside = new Set(this.side.layers.flatMap((layer) => this.reads(layer)).filter((name) => !this.maker.has(name)));
+    const outside = new Set(
+      this.side.layers.flatMap((layer) => this.reads(layer)).filter((name) => !this.maker.has(name)),
+    );
     const enter = [...outside].map((name) => this.pill(name, { outs: true }));
     const leave = this.side.layers.flatMap((layer) =>
       layer.outputs
         .filter((output) => output.returned.length || output.readers.some((reader) => !this.place.has(reader)))
-        .map((output) => this.pill(output.name, { ins: true, returned: output.returned })));
+        .map((output) => this.pill(output.name, { ins: true, returned: output.returned })),
+    );
     return [...enter, ...leave];
   }
 
@@ -119,8 +95,14 @@ class Drawing {
     if (outs) lines.push({ text: shortType(this.types.get(name)), faint: true });
     const width = Math.max(...lines.map((line) => textWidth(line.text, FONT.small))) + 22;
     return {
-      kind: "pill", name, lines, width, height: 8 + lines.length * 12, last: !outs,
-      ins: outs ? {} : { [name]: width / 2 }, outs: outs ? { [name]: width / 2 } : {},
+      kind: "pill",
+      name,
+      lines,
+      width,
+      height: 8 + lines.length * 12,
+      last: !outs,
+      ins: outs ? {} : { [name]: width / 2 },
+      outs: outs ? { [name]: width / 2 } : {},
     };
   }
 
@@ -135,7 +117,14 @@ class Drawing {
     const { ins, outs } = isTop ? { ins: {}, outs: {} } : this.abstract(box);
     const used = isTop ? [] : this.leaving(box, Object.keys(outs));
     const doors = [
-      ...Object.keys(ins).map((value) => ({ kind: "door", width: 1, height: 0, ins: {}, outs: { [value]: 0 }, first: true })),
+      ...Object.keys(ins).map((value) => ({
+        kind: "door",
+        width: 1,
+        height: 0,
+        ins: {},
+        outs: { [value]: 0 },
+        first: true,
+      })),
       ...used.map((value) => ({ kind: "door", width: 1, height: 0, ins: { [value]: 0 }, outs: {}, last: true })),
     ];
     const inner = [...pills, ...doors, ...members];
@@ -144,12 +133,21 @@ class Drawing {
     const pad = isTop ? 2 : PAD.box;
     const room = Math.max(width, isTop ? 0 : textWidth(box.name) + 30);
     const shift = pad + (room - width) / 2;
-    const across = (side) => Object.fromEntries(
-      doors.flatMap((door) => Object.keys(door[side]).map((value) => [value, door.x + shift])));
+    const across = (side) =>
+      Object.fromEntries(doors.flatMap((door) => Object.keys(door[side]).map((value) => [value, door.x + shift])));
     return {
-      kind: "box", box, layers: layersIn(box), inner, edges, shift, heading, isTop,
-      width: room + 2 * pad, height: height + heading + (isTop ? 4 : 6),
-      ins: across("outs"), outs: across("ins"),
+      kind: "box",
+      box,
+      layers: layersIn(box),
+      inner,
+      edges,
+      shift,
+      heading,
+      isTop,
+      width: room + 2 * pad,
+      height: height + heading + (isTop ? 4 : 6),
+      ins: across("outs"),
+      outs: across("ins"),
     };
   }
 
@@ -164,8 +162,16 @@ class Drawing {
   shut(box) {
     const { ins, outs } = this.abstract(box);
     const layers = layersIn(box);
-    const lines = [{ text: `▸ ${box.name}`, bold: true }, { text: `${layers.length} layers`, faint: true }];
-    return this.sized({ kind: "box", box, layers, lines, isShut: true }, Object.keys(ins), this.leaving(box, Object.keys(outs)), 12);
+    const lines = [
+      { text: `▸ ${box.name}`, bold: true },
+      { text: `${layers.length} layers`, faint: true },
+    ];
+    return this.sized(
+      { kind: "box", box, layers, lines, isShut: true },
+      Object.keys(ins),
+      this.leaving(box, Object.keys(outs)),
+      12,
+    );
   }
 
   node(layer, box) {
@@ -177,7 +183,11 @@ class Drawing {
     }
     const inline = tensorsOf(layer).filter((name) => !this.isWired(name, layer));
     inline.slice(0, inline.length > 6 ? 5 : 6).forEach((name) => {
-      const local = name.startsWith(box.path + ".") ? name.slice(box.path.length + 1) : name.startsWith(this.root + ".") ? name.slice(this.root.length + 1) : name;
+      const local = name.startsWith(box.path + ".")
+        ? name.slice(box.path.length + 1)
+        : name.startsWith(this.root + ".")
+          ? name.slice(this.root.length + 1)
+          : name;
       const text = `${shorten(local, 26)} ${shortType(this.types.get(name))}`;
       lines.push({ text, full: `${name} ${this.types.get(name)}`, small: true, weight: true });
     });
@@ -186,13 +196,21 @@ class Drawing {
   }
 
   used(layer) {
-    return layer.outputs.filter((output) => output.readers.length || output.returned.length).map((output) => output.name);
+    return layer.outputs
+      .filter((output) => output.readers.length || output.returned.length)
+      .map((output) => output.name);
   }
 
   // `q_proj.` linear `_2`: the operator, and what its name adds to it.
   heading(layer, box) {
-    const path = layer.path === box.path ? "" : box.path && layer.path.startsWith(box.path + ".") ? layer.path.slice(box.path.length + 1) : layer.path;
-    const own = layer.path && layer.name.startsWith(layer.path + ".") ? layer.name.slice(layer.path.length + 1) : layer.name;
+    const path =
+      layer.path === box.path
+        ? ""
+        : box.path && layer.path.startsWith(box.path + ".")
+          ? layer.path.slice(box.path.length + 1)
+          : layer.path;
+    const own =
+      layer.path && layer.name.startsWith(layer.path + ".") ? layer.name.slice(layer.path.length + 1) : layer.name;
     const before = path ? shorten(path, 24) + "." : "";
     const after = own.startsWith(layer.short) ? own.slice(layer.short.length) : ` ${shorten(own, 20)}`;
     return { before, text: layer.short, after, bold: true };
@@ -201,8 +219,11 @@ class Drawing {
   // The node's size, and its ports: values that are read above, values that are made below their types.
   sized(item, reads, makes, more) {
     const labels = makes.map((value) => textWidth(shortType(this.types.get(value)), FONT.small) + 10);
-    const text = Math.max(...item.lines.map((line) =>
-      textWidth((line.before || "") + line.text + (line.after || ""), line.bold ? FONT.size : FONT.small)));
+    const text = Math.max(
+      ...item.lines.map((line) =>
+        textWidth((line.before || "") + line.text + (line.after || ""), line.bold ? FONT.size : FONT.small),
+      ),
+    );
     const badge = item.layer && this.ruleOf(item.layer) ? 17 : 0;
     const sum = labels.reduce((a, b) => a + b, 0);
     item.width = Math.max(text + 2 * PAD.x + badge, sum, 13 * reads.length, 44);
@@ -225,7 +246,12 @@ class Drawing {
   }
 
   draw() {
-    const element = svg("svg", { role: "group", width: this.top.width, height: this.top.height + 4, viewBox: `0 0 ${this.top.width} ${this.top.height + 4}` });
+    const element = svg("svg", {
+      role: "group",
+      width: this.top.width,
+      height: this.top.height + 4,
+      viewBox: `0 0 ${this.top.width} ${this.top.height + 4}`,
+    });
     this.drawItem(this.top, 0, 0, element);
     return element;
   }
@@ -251,9 +277,12 @@ class Drawing {
   }
 
   headingOf(box) {
-    return svg("g", { class: "heading toggle", tabindex: 0, role: "button", "aria-expanded": "true", "data-box": box.path },
+    return svg(
+      "g",
+      { class: "heading toggle", tabindex: 0, role: "button", "aria-expanded": "true", "data-box": box.path },
       svg("rect", { x: 2, y: 2, width: textWidth(box.name) + 26, height: 19, rx: 4 }),
-      svg("text", { x: 10, y: 16 }, `▾ ${box.name}`));
+      svg("text", { x: 10, y: 16 }, `▾ ${box.name}`),
+    );
   }
 
   // Below the heading of a box everything stands lower, except for the doors in its upper side.
@@ -274,13 +303,24 @@ class Drawing {
       path += Math.abs(x0 - x1) < 0.5 ? `L${x1} ${y1}` : `C${x0} ${y0 + half} ${x1} ${y1 - half} ${x1} ${y1}`;
     }
     const arrow = edge.to.kind === "door" ? null : "url(#arrow)";
-    onto.append(svg("path", { d: path, "data-value": edge.value, "marker-end": arrow }, svg("title", {}, `${edge.value}: ${this.types.get(edge.value)}`)));
+    onto.append(
+      svg(
+        "path",
+        { d: path, "data-value": edge.value, "marker-end": arrow },
+        svg("title", {}, `${edge.value}: ${this.types.get(edge.value)}`),
+      ),
+    );
   }
 
   drawPill(item, x, y, onto) {
-    const group = svg("g", { class: "pill", transform: `translate(${x} ${y})`, "data-value": item.name },
-      svg("rect", { width: item.width, height: item.height, rx: Math.min(12, item.height / 2) }));
-    item.lines.forEach((line, i) => group.append(svg("text", { x: item.width / 2, y: 14 + 12 * i, class: line.faint ? "faint" : null }, line.text)));
+    const group = svg(
+      "g",
+      { class: "pill", transform: `translate(${x} ${y})`, "data-value": item.name },
+      svg("rect", { width: item.width, height: item.height, rx: Math.min(12, item.height / 2) }),
+    );
+    item.lines.forEach((line, i) =>
+      group.append(svg("text", { x: item.width / 2, y: 14 + 12 * i, class: line.faint ? "faint" : null }, line.text)),
+    );
     group.append(svg("title", {}, `${item.name}: ${this.types.get(item.name)}`));
     onto.append(group);
   }
@@ -289,18 +329,37 @@ class Drawing {
     const { layer, box } = item;
     const rule = layer && this.ruleOf(layer);
     const group = svg("g", {
-      class: ["node", item.isShut && "shut toggle", rule && (layer.gone ? "gone" : "made"), layer && layer.constant && "constant",
-        layer && layer.op.startsWith("enginery.") && "own"].filter(Boolean).join(" "),
-      transform: `translate(${x} ${y})`, tabindex: 0, role: "button", style: rule ? `--hue:${rule.hue}` : null,
-      "aria-expanded": item.isShut ? "false" : null, "data-layer": layer ? layer.name : null, "data-box": box ? box.path : null,
-      "aria-label": layer ? `${layer.short}, ${layer.name}${rule ? `, ${layer.gone ? "consumed" : "made"} by ${rule.label}` : ""}` : `${box.path}, ${item.layers.length} layers, closed`,
+      class: [
+        "node",
+        item.isShut && "shut toggle",
+        rule && (layer.gone ? "gone" : "made"),
+        layer && layer.constant && "constant",
+        layer && layer.op.startsWith("enginery.") && "own",
+      ]
+        .filter(Boolean)
+        .join(" "),
+      transform: `translate(${x} ${y})`,
+      tabindex: 0,
+      role: "button",
+      style: rule ? `--hue:${rule.hue}` : null,
+      "aria-expanded": item.isShut ? "false" : null,
+      "data-layer": layer ? layer.name : null,
+      "data-box": box ? box.path : null,
+      "aria-label": layer
+        ? `${layer.short}, ${layer.name}${rule ? `, ${layer.gone ? "consumed" : "made"} by ${rule.label}` : ""}`
+        : `${box.path}, ${item.layers.length} layers, closed`,
     });
-    if (item.isShut) group.append(svg("rect", { class: "under", x: 4, y: 4, width: item.width, height: item.face, rx: 5 }));
+    if (item.isShut)
+      group.append(svg("rect", { class: "under", x: 4, y: 4, width: item.width, height: item.face, rx: 5 }));
     group.append(svg("rect", { class: "face", width: item.width, height: item.face, rx: 5 }));
     let baseline = PAD.y;
     for (const line of item.lines) {
       baseline += line.bold ? FONT.line : 12.5;
-      const text = svg("text", { x: PAD.x, y: baseline - 3.5, class: line.bold ? "op" : line.weight ? "weight" : "faint" });
+      const text = svg("text", {
+        x: PAD.x,
+        y: baseline - 3.5,
+        class: line.bold ? "op" : line.weight ? "weight" : "faint",
+      });
       if (line.before) text.append(svg("tspan", { class: "soft" }, line.before));
       text.append(svg("tspan", {}, line.text));
       if (line.after) text.append(svg("tspan", { class: "soft" }, line.after));
@@ -322,18 +381,35 @@ class Drawing {
     item.layers.forEach((layer) => counts.set(this.ruleOf(layer), (counts.get(this.ruleOf(layer)) || 0) + 1));
     let x = PAD.x;
     const unit = (item.width - 2 * PAD.x) / item.layers.length;
-    return [...counts].sort((a, b) => (a[0] ? a[0].index : -1) - (b[0] ? b[0].index : -1)).map(([rule, count]) => {
-      const bar = svg("rect", { class: rule ? "share ruled" : "share", style: rule ? `--hue:${rule.hue}` : null, x, y: item.face - 12, width: unit * count, height: 5 },
-        svg("title", {}, `${rule ? rule.label : "untouched"}: ${count}`));
-      x += unit * count;
-      return bar;
-    });
+    return [...counts]
+      .sort((a, b) => (a[0] ? a[0].index : -1) - (b[0] ? b[0].index : -1))
+      .map(([rule, count]) => {
+        const bar = svg(
+          "rect",
+          {
+            class: rule ? "share ruled" : "share",
+            style: rule ? `--hue:${rule.hue}` : null,
+            x,
+            y: item.face - 12,
+            width: unit * count,
+            height: 5,
+          },
+          svg("title", {}, `${rule ? rule.label : "untouched"}: ${count}`),
+        );
+        x += unit * count;
+        return bar;
+      });
   }
 }
 
 function badge(rule, x, y) {
-  return svg("g", { class: "badge", transform: `translate(${x} ${y})`, style: `--hue:${rule.hue}` },
-    svg("rect", { width: 11, height: 11, rx: 2.5 }), svg("text", { x: 5.5, y: 8.7 }, rule.letter), svg("title", {}, rule.label));
+  return svg(
+    "g",
+    { class: "badge", transform: `translate(${x} ${y})`, style: `--hue:${rule.hue}` },
+    svg("rect", { width: 11, height: 11, rx: 2.5 }),
+    svg("text", { x: 5.5, y: 8.7 }, rule.letter),
+    svg("title", {}, rule.label),
+  );
 }
 
 function spread(values, width) {

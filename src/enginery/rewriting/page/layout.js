@@ -195,7 +195,9 @@ function drawn(rows, graph) {
     const reach = Math.max(0, ...graph.segments.filter((s) => s.row === at + 1).map(span));
     y += height + (at < rows.length - 1 ? GAP.rank + Math.min(28, reach / 14) : 0);
   });
-  const edges = graph.wires.flatMap((wire) => wire.to.map((item) => ({ value: wire.value, from: wire.from, to: item, points: route(wire, item) })));
+  const edges = graph.wires.flatMap((wire) =>
+    wire.to.map((item) => ({ value: wire.value, from: wire.from, to: item, points: route(wire, item) })),
+  );
   const width = Math.max(0, ...rows.flat().map((item) => item.x + item.width));
   return { width, height: y, edges };
 }

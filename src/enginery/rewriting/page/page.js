@@ -3,9 +3,17 @@
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const byId = (id) => document.getElementById(id);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-const rules = new Map(facts.rules.map((rule, index) => [rule.label, {
-  ...rule, index, letter: letter(index), hue: Math.round((25 + index * 137.508) % 360),
-}]));
+const rules = new Map(
+  facts.rules.map((rule, index) => [
+    rule.label,
+    {
+      ...rule,
+      index,
+      letter: letter(index),
+      hue: Math.round((25 + index * 137.508) % 360),
+    },
+  ]),
+);
 const VIEWS = { both: ["before", "after"], before: ["before"], after: ["after"] };
 const state = { part: 0, view: "both", q: "", closed: new Set(), layer: "", zoom: 1 };
 let drawings = {};
@@ -64,15 +72,24 @@ function render() {
     pane.hidden = !VIEWS[state.view].includes(side);
     drawings[side] = new Drawing(part[side], part, state.closed, rules);
     const count = part[side].layers.length;
-    pane.querySelector("h2").replaceChildren(
-      html("b", {}, side), ` ${count} ${count === 1 ? "layer" : "layers"}`,
-      html("span", { class: "faint" }, ` of ${part[side].total}, ${side === "before" ? "as imported" : "behind all phases"}`));
+    pane
+      .querySelector("h2")
+      .replaceChildren(
+        html("b", {}, side),
+        ` ${count} ${count === 1 ? "layer" : "layers"}`,
+        html(
+          "span",
+          { class: "faint" },
+          ` of ${part[side].total}, ${side === "before" ? "as imported" : "behind all phases"}`,
+        ),
+      );
     pane.querySelector(".graph").replaceChildren(drawings[side].draw());
   }
   document.body.dataset.view = state.view;
   byId("part").value = String(state.part);
   all("[data-view]", document.querySelector("header")).forEach((button) =>
-    button.setAttribute("aria-pressed", button.dataset.view === state.view));
+    button.setAttribute("aria-pressed", button.dataset.view === state.view),
+  );
   scale();
   search();
   select(state.layer, false);
@@ -153,7 +170,9 @@ function select(name, scroll) {
     element.classList.toggle("selected", !!name && element.dataset.layer === name);
     element.classList.toggle("relative", !!name && layersOf(element).some((layer) => relatives.has(layer.name)));
   });
-  const values = new Set([before, after].flatMap((layer) => (layer ? [...layer.outputs.map((o) => o.name), ...tensorsOf(layer)] : [])));
+  const values = new Set(
+    [before, after].flatMap((layer) => (layer ? [...layer.outputs.map((o) => o.name), ...tensorsOf(layer)] : [])),
+  );
   all(".wires path").forEach((path) => path.classList.toggle("near", values.has(path.dataset.value)));
   document.querySelector("aside").replaceChildren(before || after ? details(before, after) : overview());
   if (scroll) {
@@ -163,9 +182,13 @@ function select(name, scroll) {
 }
 
 function go(name) {
-  const part = facts.parts.findIndex((one) => [...one.before.layers, ...one.after.layers].some((layer) => layer.name === name));
+  const part = facts.parts.findIndex((one) =>
+    [...one.before.layers, ...one.after.layers].some((layer) => layer.name === name),
+  );
   if (part < 0) return;
-  const layer = [...facts.parts[part].before.layers, ...facts.parts[part].after.layers].find((one) => one.name === name);
+  const layer = [...facts.parts[part].before.layers, ...facts.parts[part].after.layers].find(
+    (one) => one.name === name,
+  );
   const closed = [...state.closed].filter((path) => !`${layer.path}.`.startsWith(`${path}.`));
   const redraw = part !== state.part || closed.length !== state.closed.size;
   state.part = part;
@@ -173,106 +196,6 @@ function go(name) {
   state.layer = name;
   if (redraw) render();
   select(name, true);
-}
-
-// The panel
-
-function overview() {
-  const total = (name) => facts.phases.reduce((sum, phase) => sum + phase[name], 0);
-  const rows = facts.phases.flatMap((phase) => [
-    html("tr", { class: "phase" }, html("th", { scope: "rowgroup", colspan: 2 }, phase.name), html("td", {}, phase.milliseconds.toFixed(1)),
-      html("td", {}, `${phase.before} → ${phase.after}`)),
-    ...phase.rules.filter((rule) => rule.applied).map((rule) =>
-      html("tr", {}, html("td", {}, ruleButton(rule.label)), html("td", { title: `tried ${rule.tried}, matched ${rule.matched}` }, String(rule.applied)),
-        html("td", {}, rule.milliseconds.toFixed(1)), html("td"))),
-  ]);
-  const first = facts.phases[0];
-  const last = facts.phases[facts.phases.length - 1];
-  return html("div", {},
-    html("h2", {}, "Phases and rules"),
-    html("table", {},
-      html("thead", {}, html("tr", {}, ...["phase, rule", "applied", "ms", "layers"].map((word) => html("th", { scope: "col" }, word)))),
-      html("tbody", {}, ...rows),
-      html("tfoot", {}, html("tr", {}, html("th", { colspan: 2 }, "all"), html("td", {}, total("milliseconds").toFixed(1)),
-        html("td", {}, facts.phases.length ? `${first.before} → ${last.after}` : "")))),
-    html("p", { class: "faint" }, "Left, a colour is the rule with which a layer went; right, the rule that made it. " +
-      "Dashed layers are computed once, when weights are bound. Click a rule to find its layers, a layer for its call."));
-}
-
-function ruleButton(label) {
-  const rule = rules.get(label);
-  if (!rule) return html("code", {}, label);
-  const button = html("button", { class: "rule", title: rule.equation || null, style: `--hue:${rule.hue}`, onclick: () => find(state.q === label ? "" : label) },
-    html("i", {}, rule.letter), label);
-  return button;
-}
-
-function details(before, after) {
-  const layer = after || before;
-  const body = html("div", {},
-    html("button", { class: "back", onclick: () => select("", false) }, "← phases and rules"),
-    html("h2", {}, html("code", {}, layer.op)),
-    html("p", { class: "name" }, layer.name),
-    html("p", {}, ...standing(before, after)));
-  if (after) body.append(...call(after, before && callText(before) !== callText(after) ? "call, after" : "call"));
-  if (before && (!after || callText(before) !== callText(after))) body.append(...call(before, after ? "call, before" : "call"));
-  if (after && after.history.length) body.append(...provenance(after));
-  if (before && before.heirs.length) body.append(html("h3", {}, "became"), links(before.heirs));
-  const readers = layer.outputs.flatMap((output) => output.readers);
-  if (readers.length) body.append(html("h3", {}, "read by"), links([...new Set(readers)]));
-  return body;
-}
-
-function standing(before, after) {
-  if (before && !after && before.gone) return ["Went with ", ruleButton(before.gone.rule), ` in the phase ${before.gone.phase}.`];
-  if (after && after.history.length) return ["Made by ", ruleButton(after.history[0].rule), ` in the phase ${after.history[0].phase}.`];
-  if (before && after) return [callText(before) === callText(after) ? "Untouched by any rule." : "Kept; it reads other values than before."];
-  return [after ? "Made by a phase itself, not by a rule." : "Gone."];
-}
-
-const callText = (layer) => JSON.stringify(layer.args.map((arg) => arg.value));
-
-function call(layer, title) {
-  const types = new Map(facts.parts[state.part].before.layers.concat(facts.parts[state.part].after.layers)
-    .flatMap((one) => one.outputs.map((output) => [output.name, output.type])));
-  for (const side of ["before", "after"]) {
-    Object.entries(facts.parts[state.part][side].outside).forEach(([name, value]) => types.set(name, value.type));
-  }
-  const piece = (one) => (one.tensor ? html("span", {}, valueLink(one.tensor), html("small", {}, types.get(one.tensor) || "")) : one);
-  const rows = layer.args.map((arg) => html("tr", { class: arg.omitted ? "omitted" : null, title: arg.omitted ? "the default" : null },
-    html("th", { scope: "row" }, arg.name), html("td", {}, ...arg.value.map(piece))));
-  const results = layer.outputs.map((output) => html("tr", {}, html("th", { scope: "row" }, output.returned.length ? `→ ${output.returned}` : "→"),
-    html("td", {}, html("code", {}, output.name), html("small", {}, output.type))));
-  const notes = [layer.constant && "computed once, when weights are bound", layer.effects && "has effects: it is never moved or merged"].filter(Boolean);
-  return [html("h3", {}, title), html("table", { class: "call" }, html("tbody", {}, ...rows, ...results)),
-    ...notes.map((note) => html("p", { class: "faint" }, note))];
-}
-
-function valueLink(name) {
-  const part = facts.parts[state.part];
-  const layers = [...part.after.layers, ...part.before.layers];
-  const maker = layers.find((layer) => layer.outputs.some((output) => output.name === name));
-  return maker ? layerLink(maker.name, name) : html("code", {}, name);
-}
-
-function layerLink(name, text = name) {
-  return html("button", { class: "link", onclick: () => go(name) }, text);
-}
-
-function links(names) {
-  const known = new Set(facts.parts.flatMap((part) => [...part.before.layers, ...part.after.layers].map((layer) => layer.name)));
-  return html("ul", {}, ...names.map((name) => html("li", {}, known.has(name) ? layerLink(name) : html("code", {}, name))));
-}
-
-function provenance(layer) {
-  const steps = layer.history.map((step) => {
-    const rule = rules.get(step.rule);
-    return html("li", {}, ruleButton(step.rule), ` in ${step.phase}`,
-      rule && rule.equation ? html("p", { class: "equation" }, rule.equation) : null,
-      rule ? html("p", { class: "faint" }, rule.location) : null,
-      html("p", {}, "replaced"), links(step.replaced));
-  });
-  return [html("h3", {}, "provenance, last first"), html("ol", { class: "steps" }, ...steps), html("h3", {}, "stands for"), links(layer.origins)];
 }
 
 // Doing
@@ -326,8 +249,14 @@ function walk(from, [dx, dy]) {
 
 const ARROWS = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
 const KEYS = {
-  "/": () => byId("search").select(), s: () => view("both"), b: () => view("before"), a: () => view("after"),
-  "+": () => zoom(1.2), "=": () => zoom(1.2), "-": () => zoom(1 / 1.2), 0: () => zoom(0),
+  "/": () => byId("search").select(),
+  s: () => view("both"),
+  b: () => view("before"),
+  a: () => view("after"),
+  "+": () => zoom(1.2),
+  "=": () => zoom(1.2),
+  "-": () => zoom(1 / 1.2),
+  0: () => zoom(0),
 };
 
 function activate(element) {
@@ -359,13 +288,24 @@ function onOver(event) {
   all(".wires path.over").forEach((path) => path.classList.remove("over"));
   if (!node) return;
   const layer = node.dataset.layer && layersOf(node)[0];
-  const values = new Set(layer ? [...tensorsOf(layer), ...layer.outputs.map((output) => output.name)] : [node.dataset.value]);
-  all(".wires path", node.closest("svg")).forEach((path) => path.classList.toggle("over", values.has(path.dataset.value)));
+  const values = new Set(
+    layer ? [...tensorsOf(layer), ...layer.outputs.map((output) => output.name)] : [node.dataset.value],
+  );
+  all(".wires path", node.closest("svg")).forEach((path) =>
+    path.classList.toggle("over", values.has(path.dataset.value)),
+  );
 }
 
 function start() {
-  const defs = svg("svg", { width: 0, height: 0, class: "defs", "aria-hidden": "true" },
-    svg("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" }, svg("path", { d: "M0 1L8 4L0 7z" })));
+  const defs = svg(
+    "svg",
+    { width: 0, height: 0, class: "defs", "aria-hidden": "true" },
+    svg(
+      "marker",
+      { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" },
+      svg("path", { d: "M0 1L8 4L0 7z" }),
+    ),
+  );
   document.body.prepend(defs);
   facts.parts.forEach((part, i) => {
     const blocks = part.blocks;
