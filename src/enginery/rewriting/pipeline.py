@@ -79,6 +79,8 @@ class Phase:
     rules: tuple[type[PatternRewriter], ...] = ()
     optional: tuple[type[PatternRewriter], ...] = ()
     approximate: tuple[type[PatternRewriter], ...] = ()
+    on_gpu: tuple[type[PatternRewriter], ...] = ()
+    """optional rules that a GPU gains by, where they are on"""
     prepare: Callable[[Network, PipelineConfig], None] | None = None
     wanted: Callable[[PipelineConfig], bool] = lambda config: True
 
@@ -113,6 +115,7 @@ PHASES: tuple[Phase, ...] = (
         "paged attention",
         (PageAttention,),
         optional=(FuseRotary,),
+        on_gpu=(FuseRotary,),
         prepare=lambda network, config: open_cache(network, config.block_size),
     ),
     Phase(
@@ -234,13 +237,15 @@ def check_rule_name(name: str, known: Sequence[str]) -> None:
 
 
 def _manager(phase: Phase, config: PipelineConfig) -> RewritePatternManager:
-    rules = [*(rule() for rule in phase.rules), *_asked_for(phase, config.rules)]
+    rules = [*(rule() for rule in phase.rules), *_asked_for(phase, config)]
     return RewritePatternManager(*(rule for rule in rules if type(rule).__name__ not in config.disabled_rules))
 
 
-def _asked_for(phase: Phase, rules: Sequence[PatternRewriter]) -> list[PatternRewriter]:
-    """Of the rules that a user gave, those that run in this phase."""
+def _asked_for(phase: Phase, config: PipelineConfig) -> list[PatternRewriter]:
+    """Of the rules that a user gave, those that run in this phase; and those that a GPU gains by."""
     known = optional_rules().values()
     if phase.name == USER_RULES:
-        return [rule for rule in rules if type(rule) not in known]
-    return [rule for rule in rules if type(rule) in phase.on_request]
+        return [rule for rule in config.rules if type(rule) not in known]
+    given = [rule for rule in config.rules if type(rule) in phase.on_request]
+    own = phase.on_gpu if config.device == "cuda" else ()
+    return [*given, *(rule() for rule in own if rule not in map(type, given))]

@@ -6,6 +6,7 @@ Otherwise they are turned first, in a launch of their own: tiles of queries read
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,5 +84,5 @@ def rotary_paged_attention(
     cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
     batch = (key_cache, value_cache, slot_mapping, block_tables, *rest)
     if is_decode(query, block_tables) and cos.stride(0) == sin.stride(0):
-        return paged_attention(query, key, value, *batch, angles=(cos, sin))
+        return partial(paged_attention, angles=(cos, sin))(query, key, value, *batch)
     return paged_attention(*rotate(query, key, cos, sin), value, *batch)
