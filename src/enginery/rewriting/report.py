@@ -83,6 +83,9 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(_cell(row[i], widths[i], i) for i in range(len(row))).rstrip() for row in rows]
         summary = f"{self.layers_before} layers → {self.layers_after}, {self.milliseconds:.2f} ms"
+        replayed = sum(rule.replayed for rule in self.rules.values())
+        if replayed:
+            summary += f", {replayed} of {self.rewritten} repeated"
         if self.verified:
             taken_back = [rule.label for rule in self.rules.values() if rule.rolled_back]
             summary += f", verified{' without ' + ', '.join(taken_back) if taken_back else ''}"
