@@ -33,6 +33,7 @@ from record import print_table, record
 from rewriting_graphs import (
     CASCADES,
     MATCHES_PER_LAYER,
+    MISSES,
     NODES_PER_LAYER,
     RULES,
     AddNorm,
@@ -145,6 +146,12 @@ def times_ours(table: Table) -> Table:
     }
 
 
+MATCHING, EXPLAINING = (
+    "three rules that miss, 1,000 layers: matching",
+    "three rules that miss, 1,000 layers: explaining",
+)
+
+
 def one_call_each(rounds: int) -> dict[str, float]:
     """Seconds."""
     systems = {
@@ -153,6 +160,9 @@ def one_call_each(rounds: int) -> dict[str, float]:
     }
     systems["two roots, 1,000 layers"] = System(lambda: pairs_of_linears(1000), rewriter(MergePair(), count=1000))
     systems["two outputs, 3,000 layers"] = System(lambda: transformer(3000), rewriter(AddNorm(), count=6000))
+    misses = [rule() for rule in MISSES]
+    systems[MATCHING] = System(lambda: transformer(1000), rewriter(*misses, count=0))
+    systems[EXPLAINING] = System(lambda: transformer(1000), RewritePatternManager(*misses).explain)
     return medians(systems, rounds)
 
 
@@ -193,6 +203,7 @@ AIMS = (
     *(Aim(CASCADE + name, "s", 0.1, False, lambda r, name=name: r["seconds"][CASCADE + name]) for name in CASCADES),
     Aim("two roots, 1,000 layers", "s", 0.3, False, lambda r: r["seconds"]["two roots, 1,000 layers"]),
     Aim("two outputs, 3,000 layers", "s", 0.5, False, lambda r: r["seconds"]["two outputs, 3,000 layers"]),
+    Aim("explaining misses / matching", "×", 2, False, lambda r: r["seconds"][EXPLAINING] / r["seconds"][MATCHING]),
     Aim("all phases of a 32-layer decoder", "s", 0.5, False, lambda r: r["decoder"]["seconds"]),
 )  # fmt: skip
 

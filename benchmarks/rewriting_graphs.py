@@ -69,6 +69,29 @@ class AddNorm(PatternRewriter):
 RULES = (AttentionWithBias, SiluMul, AddNorm)
 
 
+class _Misses(PatternRewriter):
+    def rewrite(self, network: Network):
+        raise AssertionError("it must not match")
+
+
+class AttentionMiss(_Misses):
+    """A bias of rank 2, which there is not."""
+
+    pattern = attention(Var("q") + Const("bq"), Var("k") + Const("bk"), Var("v") + Const("bv", rank=2))
+
+
+class SiluMiss(_Misses):
+    pattern = F.silu(Var("gate")) * Var("up", rank=3)
+
+
+class NormMiss(_Misses):
+    pattern = Call(torch.rms_norm, Var("x") + Var("residual"), Scalar("shape"), Const("weight", rank=2), ...)
+
+
+MISSES = (AttentionMiss, SiluMiss, NormMiss)
+"""at every place where a rule of RULES fits, one of these fits but for its last part"""
+
+
 def transformer(layers: int) -> Network:
     """17 calls per layer, four of which a rule of RULES replaces together with their operands."""
     network = Network()
