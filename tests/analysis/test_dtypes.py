@@ -79,6 +79,14 @@ def test_what_is_folded_and_integers_do_not_count() -> None:
     assert (found.casts, found.wide, found.round_trips) == (Counter(), (), Counter())
 
 
+def test_weights_of_eight_bits_do_not_make_everything_wide() -> None:
+    network, x = network_with_weight()
+    quantised = network.add_constant("q", (256, 256), torch.float8_e4m3fn)
+    network.set_output("out", torch.relu(x) + quantised.bfloat16()[0, :8])
+    found = audit_dtypes(network)
+    assert (found.dtype, found.wide) == (BF16, ())
+
+
 def test_a_float32_network_has_nothing_wide() -> None:
     network = Network()
     x = network.add_input("x", (4, 8), F32)

@@ -115,7 +115,7 @@ class DtypeAudit:
     """`str(audit)` is a table of what is wider than the weights, and the casts around it."""
 
     dtype: torch.dtype
-    """of most weights"""
+    """of most weights, 8-bit ones apart"""
     casts: Counter[Cast]
     wide: tuple[Wide, ...]
     round_trips: Counter[RoundTrip]
@@ -176,10 +176,10 @@ def _by_module(facts: Iterable[Wide]) -> tuple[Wide, ...]:
 
 
 def _main_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Of most elements among the named weights; float32 where there are none."""
+    """Of most elements among the named weights, but for 8-bit ones, in which nothing flows; float32 without any."""
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors:
-        if tensor.parent is None and tensor.dtype.is_floating_point:
+        if tensor.parent is None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
             size = tensor.numel()
             counts[tensor.dtype] += size if isinstance(size, int) else 0
     return counts.most_common(1)[0][0] if counts else torch.float32
