@@ -404,6 +404,17 @@ def test_large_batches_are_drawn_in_parts() -> None:
     assert parts.token_ids == Sampler(Draws()).sample(logits.clone(), batch).wait().token_ids
 
 
+@pytest.mark.parametrize("search", [candidates_on_host, candidates_on_device])
+def test_no_rows_have_no_candidates(search) -> None:
+    """The last token of a prompt has no logprob in the prompt."""
+    for vocab_size in (30, 20000):
+        values, columns = search(torch.empty(0, vocab_size), 5)
+        assert values.shape == columns.shape == (0, 5)
+    found = top_logprobs(torch.empty(0, 30), torch.empty(0, dtype=torch.int64), 3).wait()
+    assert found.token_ids.shape == (0, 3)
+    assert len(found.chosen) == len(found.ranks) == 0
+
+
 def test_logprobs_ignore_edits_and_temperature() -> None:
     logits = torch.randn(1, 20)
     session = make_session(vocab_size=20, logits_of=lambda contexts: logits.expand(len(contexts), -1).clone())

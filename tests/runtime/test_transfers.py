@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from enginery.runtime.transfers import Download, pack, unpack, upload
+from enginery.runtime.transfers import Download, join, pack, split, unpack, upload
 
 ARRAYS = [
     np.arange(5),
@@ -21,6 +21,13 @@ def test_what_is_packed_is_unpacked() -> None:
     for array, tensor in zip(ARRAYS, unpack(pack(ARRAYS, pinned=False), ARRAYS), strict=True):
         assert tensor.numpy().dtype == array.dtype
         np.testing.assert_array_equal(tensor.numpy(), array)
+
+
+def test_what_is_joined_is_split() -> None:
+    tensors = [torch.arange(3), torch.randn(1), torch.randn(4, 6)[:, 1:3], torch.zeros(2, 0), torch.randn(5)]
+    for array, tensor in zip(split(join(tensors), tensors), tensors, strict=True):
+        assert (array.dtype, array.shape) == (tensor.numpy().dtype, tensor.shape)
+        np.testing.assert_array_equal(array, tensor.numpy())
 
 
 def test_upload_and_download_on_a_cpu() -> None:

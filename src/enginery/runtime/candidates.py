@@ -53,7 +53,7 @@ def candidates_on_host(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     num_rows, size = array.shape
     rows, columns = np.divmod(np.flatnonzero(array >= _lower_bound(logits, count)), size)
     counts = np.bincount(rows, minlength=num_rows)
-    width = max(count, int(counts.max()))
+    width = int(counts.max(initial=count))
     keys = np.full((num_rows, width), np.iinfo(np.int64).min)
     keys[rows, np.arange(len(rows)) - (counts.cumsum() - counts)[rows]] = _keys(array[rows, columns], columns)
     if width > 4 * count:

@@ -81,6 +81,7 @@ class Sampler:
         if len(wanted) and (groups or inputs.edits is not None):
             rows = rows.clone()
         if inputs.edits is not None:
+            rows = rows.contiguous()
             _apply_edits(rows, arrays, inputs.edits.num_pending, _newest(inputs, arrays))
         best, token_ids = draws.greatest(rows)
         for group, own in zip(groups, columns, strict=True):
@@ -170,27 +171,29 @@ def _newest(inputs: SamplingInputs, arrays: Tensors) -> Tensor | None:
 
 
 def _apply_edits(logits: Tensor, arrays: Tensors, num_pending: int, newest: Tensor | None) -> None:
-    """Edits logits `[R, V]` in place by `LogitsEdits.arrays` on their device.
+    """Edits contiguous logits `[R, V]` in place by `LogitsEdits.arrays` on their device.
 
     `newest`: `[R]` int64, the pending token of each row, -1 where there is none; None: nowhere.
     """
+    flat = logits.view(-1)
     if "bias_rows" in arrays:
         rows, offsets = arrays["bias_rows"], arrays["bias_offsets"]
         if newest is not None:
             required = arrays["bias_required"]
             offsets = offsets.masked_fill((required >= 0) & (required != newest[rows]), 0.0)
-        logits.index_put_((rows, arrays["bias_tokens"]), offsets, accumulate=True)
+        flat.scatter_add_(0, rows * logits.shape[1] + arrays["bias_tokens"], offsets)
     if "penalty_rows" in arrays:
         rows, tokens, counts = arrays["penalty_rows"], arrays["penalty_tokens"], arrays["counts"]
         if newest is not None:
             mine = newest[rows]
             tokens = torch.where(tokens < 0, mine, tokens)
             counts = counts + (tokens == mine)
-        values = logits[rows, tokens]
+        where = rows * logits.shape[1] + tokens
+        values = flat.gather(0, where)
         values = torch.where(values > 0, values / arrays["repetition"], values * arrays["repetition"])
         values -= arrays["frequency"] * counts + arrays["presence"] * (counts > 0)
         for part in (slice(num_pending), slice(num_pending, None)):
-            logits.index_put_((rows[part], tokens[part]), values[part])
+            flat.scatter_(0, where[part], values[part])
 
 
 def _take(rows: Tensor, arrays: Tensors, name: str) -> Tensor:

@@ -61,7 +61,7 @@ class Download:
         self._tensors = tensors
         self._event: torch.cuda.Event | None = None
         if tensors[0].device.type != "cpu":
-            packed = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+            packed = join(tensors)
             self._buffer = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
             self._buffer.copy_(packed, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -72,12 +72,19 @@ class Download:
         if self._event is None:
             return [tensor.numpy() for tensor in self._tensors]
         self._event.synchronize()
-        parts = self._buffer.split([tensor.nbytes for tensor in self._tensors])
-        return [
-            part.numpy().view(_numpy_dtype(tensor)).reshape(tensor.shape)
-            for part, tensor in zip(parts, self._tensors, strict=True)
-        ]
+        return split(self._buffer, self._tensors)
 
 
-def _numpy_dtype(tensor: Tensor) -> np.dtype:
-    return torch.empty(0, dtype=tensor.dtype).numpy().dtype
+def join(tensors: list[Tensor]) -> Tensor:
+    """The bytes of all tensors, on their device."""
+    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+def split(buffer: Tensor, tensors: list[Tensor]) -> list[np.ndarray]:
+    """Views of a buffer on the host that `join` filled, of the tensors' shapes and types."""
+    dtypes = [torch.empty(0, dtype=tensor.dtype).numpy().dtype for tensor in tensors]
+    parts = buffer.split([tensor.nbytes for tensor in tensors])
+    return [
+        part.numpy().view(dtype).reshape(tensor.shape)
+        for part, dtype, tensor in zip(parts, dtypes, tensors, strict=True)
+    ]
