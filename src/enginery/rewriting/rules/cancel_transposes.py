@@ -18,6 +18,7 @@ MATRIX_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default)
 
 
 class CancelTransposes(PatternRewriter):
+    pure = True
     root_layer = (aten.transpose.int, *MATRIX_TRANSPOSES)
 
     def match_and_rewrite(self, layer: Layer) -> Any:
@@ -36,6 +37,7 @@ class CancelTransposes(PatternRewriter):
 class PermuteToTranspose(PatternRewriter):
     """permute(x, the identity but for a and b exchanged) = transpose(x, a, b)"""
 
+    pure = True
     root_layer = (aten.permute.default,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:
@@ -49,6 +51,7 @@ class PermuteToTranspose(PatternRewriter):
 class SelectBeforeTranspose(PatternRewriter):
     """select(transpose(x, a, b), d, i) = transpose(select(x, d', i), a', b')"""
 
+    pure = True
     root_layer = (aten.select.int,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

@@ -13,6 +13,7 @@ aten = torch.ops.aten
 
 
 class CancelUnsqueeze(PatternRewriter):
+    pure = True
     root_layer = (aten.select.int, aten.squeeze.dim)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

@@ -13,6 +13,7 @@ from enginery.rewriting.rule import PatternRewriter
 
 
 class CommonSubexpressions(PatternRewriter):
+    pure = True
     root_layer = None
 
     def match_and_rewrite(self, layer: Layer) -> Any:

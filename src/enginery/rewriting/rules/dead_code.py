@@ -9,6 +9,7 @@ from enginery.rewriting.rule import PatternRewriter
 
 
 class DeadCode(PatternRewriter):
+    pure = True
     root_layer = None
 
     def match_and_rewrite(self, layer: Layer) -> Any:

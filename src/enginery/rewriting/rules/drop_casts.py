@@ -13,6 +13,7 @@ aten = torch.ops.aten
 
 
 class DropCasts(PatternRewriter):
+    pure = True
     root_layer = (
         aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten._to_copy.default,
     )  # fmt: skip

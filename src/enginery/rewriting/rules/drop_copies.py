@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 
 class DropCopies(PatternRewriter):
+    pure = True
     root_layer = (
         aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
         aten.lift_fresh_copy.default, aten.dropout.default, aten.feature_dropout.default,

@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 
 class DropIdentities(PatternRewriter):
+    pure = True
     root_layer = (aten.mul.Tensor, aten.div.Tensor, aten.sub.Tensor, aten.add.Tensor, aten.pow.Tensor_Scalar)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

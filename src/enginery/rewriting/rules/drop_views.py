@@ -13,6 +13,7 @@ aten = torch.ops.aten
 
 
 class DropViews(PatternRewriter):
+    pure = True
     root_layer = (
         aten.reshape.default, aten.expand.default, aten.slice.Tensor, aten.broadcast_to.default, aten.squeeze.dim,
         aten.repeat.default, aten.expand_as.default,

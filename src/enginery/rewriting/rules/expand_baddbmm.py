@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 
 class ExpandBaddbmm(PatternRewriter):
+    pure = True
     root_layer = (aten.baddbmm.default,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

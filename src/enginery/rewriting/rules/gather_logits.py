@@ -33,6 +33,7 @@ def gather_output(network: Network) -> None:
 
 
 class GatherEarlier(PatternRewriter):
+    pure = True
     root_layer = (aten.index_select.default,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

@@ -19,6 +19,7 @@ aten = torch.ops.aten
 
 
 class GroupRepeatedHeads(PatternRewriter):
+    pure = True
     root_layer = (ops.attention,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

@@ -17,6 +17,7 @@ aten = torch.ops.aten
 
 
 class LinearFromMatmul(PatternRewriter):
+    pure = True
     root_layer = (aten.matmul.default, aten.mm.default, aten.addmm.default)
 
     def match_and_rewrite(self, layer: Layer) -> Any:
@@ -35,6 +36,7 @@ class LinearFromMatmul(PatternRewriter):
 class BiasIntoLinear(PatternRewriter):
     """linear(x, W) + b = linear(x, W, b)"""
 
+    pure = True
     root_layer = (aten.add.Tensor,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

@@ -17,6 +17,7 @@ aten = torch.ops.aten
 
 
 class MergeParallelLinears(PatternRewriter):
+    pure = True
     root_layer = (aten.linear.default,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

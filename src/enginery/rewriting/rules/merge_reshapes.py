@@ -15,6 +15,7 @@ REGROUPING = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, at
 
 
 class MergeReshapes(PatternRewriter):
+    pure = True
     root_layer = (aten.reshape.default,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

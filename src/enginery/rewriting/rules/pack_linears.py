@@ -20,6 +20,7 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PackLinears(PatternRewriter):
+    pure = True
     root_layer = (aten.linear.default,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:
@@ -32,6 +33,7 @@ class PackLinears(PatternRewriter):
 class PackTiedEmbedding(PatternRewriter):
     """embedding(W, i) = packed_embedding(i, pack(W), K) where W is packed for the head"""
 
+    pure = True
     root_layer = (ops.pack_linear,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

@@ -42,6 +42,7 @@ def attentions(network: Network) -> list[Layer]:
 
 
 class PageAttention(PatternRewriter):
+    pure = True
     root_layer = (ops.attention,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

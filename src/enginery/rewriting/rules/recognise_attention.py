@@ -38,6 +38,7 @@ class Measured(NamedTuple):
 
 
 class RecogniseAttention(PatternRewriter):
+    pure = True
     root_layer = (*PRODUCTS, aten.scaled_dot_product_attention.default)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

@@ -24,6 +24,7 @@ ALONG_ONE_AXIS = (
 
 
 class SinkTransposes(PatternRewriter):
+    pure = True
     root_layer = None
 
     def match_and_rewrite(self, layer: Layer) -> Any:
@@ -43,6 +44,7 @@ class SinkTransposes(PatternRewriter):
 class TransposeOfUnsqueeze(PatternRewriter):
     """transpose(unsqueeze(x, a), a, a ± 1) = unsqueeze(x, a ± 1)"""
 
+    pure = True
     root_layer = (aten.transpose.int,)
 
     def match_and_rewrite(self, layer: Layer) -> Any:

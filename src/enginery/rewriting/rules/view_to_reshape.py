@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 
 class ViewToReshape(PatternRewriter):
+    pure = True
     root_layer = (
         aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int, aten.view_as.default,
     )  # fmt: skip
