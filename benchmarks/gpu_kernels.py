@@ -209,14 +209,12 @@ def linear_candidates(rows: int, itemsize: int) -> list[Tiles]:
 
 @dataclass(frozen=True)
 class LinearJob:
-    """What decides a compilation: tiles, padded rows, depth, whether the weight is float8, whether a later one is
-    asked for."""
+    """What decides a compilation: tiles, padded rows, depth, whether the weight is float8."""
 
     tiles: Tiles
     rows: int
     depth: int
     narrow: bool = False
-    asks: bool = False
 
     @classmethod
     def of(cls, tiles: Tiles, rows: int, depth: int, narrow: bool) -> LinearJob:
@@ -234,8 +232,7 @@ def compile_one(job: LaunchPlan | LinearJob) -> str:
             weight, scale = make(64, job.depth), None
             if job.narrow:
                 weight, scale = weight.to(torch.float8_e4m3fn), torch.ones(64, device="cuda")
-            following = make(1 << 20) if job.asks else None
-            linear.skinny_linear(make(job.rows, job.depth), weight, scale=scale, tiles=job.tiles, following=following)
+            linear.skinny_linear(make(job.rows, job.depth), weight, scale=scale, tiles=job.tiles)
         torch.cuda.synchronize()
     except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
         return f"{job}: {str(error).splitlines()[0]}"
@@ -291,11 +288,10 @@ def ranked(rates: dict, count: int) -> list[tuple[str, float]]:
     return [(str(key), round(rate, 3)) for key, rate in best]
 
 
-def layer(rows: int, context: int, function: Callable, *, overlap: bool, asks: bool = False, layers: int = 6) -> float:
+def layer(rows: int, context: int, function: Callable, *, overlap: bool, layers: int = 6) -> float:
     """Microseconds of a layer's heavy kernels, one after another with small element-wise ones between, as in a model.
 
-    `function(input, weight)` does the projections; `overlap` is for attention; with `asks` a projection is given the
-    next one's weight, too.
+    `function(input, weight)` does the projections; `overlap` is for attention.
     """
     batch = Batch.random(rows, 1, context - 1, layers)
     attention = batch.calls(replace(default_plan(rows, 1, context), overlap=overlap))
@@ -305,14 +301,13 @@ def layer(rows: int, context: int, function: Callable, *, overlap: bool, asks: b
 
     def run(index: int) -> None:
         qkv, o, gate_up, down = weights[index]
-        project = [partial(function, following=each) if asks else function for each in (o, gate_up, down)]
         hidden.mul_(1.0)
-        project[0](hidden, qkv)
+        function(hidden, qkv)
         batch.query.mul_(1.0)
         attention[index]()
-        project[1](hidden, o)
+        function(hidden, o)
         hidden.mul_(1.0)
-        project[2](hidden, gate_up)
+        function(hidden, gate_up)
         gated.mul_(1.0)
         function(gated, down)
 
@@ -353,7 +348,7 @@ def compare_linears(workers: int) -> dict:
 def linear_jobs(rows: int, features: int, depth: int) -> Iterable[LinearJob]:
     """What `compare_linears` runs on one shape."""
     job = LinearJob.of(linear.choose_tiles(rows, features), rows, depth, False)
-    yield from (job, replace(job, asks=True))
+    yield job
     yield from (LinearJob.of(tiles, rows, depth, False) for tiles in wide_candidates(rows))
 
 
@@ -378,22 +373,15 @@ def chain(rows: int, function: Callable, layers: int = 6) -> float:
 
 
 def compare_layers() -> dict:
-    """Microseconds per layer, with cuBLAS, with our projections, with attention whose launches overlap, and with later
-    weights asked for, so many MiB of each."""
-
-    def asking(rows: int, context: int, mebibytes: int) -> float:
-        linear.AHEAD_BYTES, before = mebibytes << 20, linear.AHEAD_BYTES
-        try:
-            return layer(rows, context, linear.skinny_linear, overlap=True, asks=True)
-        finally:
-            linear.AHEAD_BYTES = before
-
+    """Microseconds per layer, with cuBLAS, with our projections, and with attention whose launches overlap, too."""
+    run: dict[str, tuple[Callable, bool]] = {
+        "cublas": (torch.nn.functional.linear, False),
+        "ours": (linear.skinny_linear, False),
+        "ours, attention overlapped": (linear.skinny_linear, True),
+    }
     return {
         f"layer {rows} x {context}, us": {
-            "cublas": layer(rows, context, torch.nn.functional.linear, overlap=False),
-            "ours": layer(rows, context, linear.skinny_linear, overlap=False),
-            "attention overlapped": layer(rows, context, linear.skinny_linear, overlap=True),
-            **{f"asking for {size}": asking(rows, context, size) for size in (4, 8, 12, 16, 24, 32)},
+            name: layer(rows, context, way, overlap=on) for name, (way, on) in run.items()
         }
         for rows, context in ((1, 128), (1, 8192), (16, 1024), (32, 192))
     }

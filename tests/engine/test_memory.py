@@ -75,7 +75,7 @@ def test_a_gpu_that_is_too_small_is_told_with_what_is_needed(source: Imported, m
 
 
 def test_a_cache_that_leaves_no_room_for_a_step_is_refused(source: Imported, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ResourceError, match="does not fit.*--kv-cache-memory"):
+    with pytest.raises(ResourceError, match=r"does not fit.*--kv-cache-memory"):
         gpu_plan(source, monkeypatch, 1 << 30, kv_cache_memory=1 << 30)
 
 

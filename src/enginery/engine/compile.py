@@ -31,8 +31,9 @@ from enginery.network import Dim, Network
 Report = Callable[[str, int, int], None]
 Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
-EXAMPLE_SIZES = (7, 3, 5, 11, 13, 17, 19, 23)
-"""Sizes that stand for symbols while a region is traced: no two equal, none special."""
+EXAMPLE_SIZES = {"cpu": (7, 3, 5, 11, 13, 17, 19, 23), "cuda": (251, 67, 71, 73, 79, 83, 89, 97)}
+"""Sizes that stand for symbols while a region is traced: no two equal, none special. On a GPU Inductor cuts the work of
+its kernels by them, and a batch that is worth a thought has hundreds of tokens."""
 MODEL = "model"
 
 
@@ -139,12 +140,13 @@ def example_inputs(network: Network, device: torch.device) -> tuple[tuple[torch.
     """Inputs without content and, for each, which of its sizes are symbolic, as torch.export wants them."""
     sizes: dict[str, int] = {}
     dims: dict[str, Any] = {}
+    choices = EXAMPLE_SIZES[device.type]
 
     def size_of(size: Any) -> int:
         if not isinstance(size, Dim):
             return size
         for symbol in sorted(size.symbols):
-            sizes.setdefault(symbol, EXAMPLE_SIZES[len(sizes) % len(EXAMPLE_SIZES)])
+            sizes.setdefault(symbol, choices[len(sizes) % len(choices)])
         return int(size.substitute(sizes))  # type: ignore[arg-type]
 
     def dim_of(size: Any) -> Any:

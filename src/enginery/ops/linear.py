@@ -10,27 +10,17 @@ PANEL = 32
 """Outputs of one panel: two AVX-512 registers of float32, the width at which one row of input runs at memory speed."""
 
 
-def linear_reference(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    following: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """input `[..., K]` · weight `[N, K]`ᵀ + bias `[N]` -> `[..., N]`: aten.linear.
-
-    `following` is the weight of a later linear and changes no result: a kernel may bring it nearer meanwhile.
-    """
+def linear_reference(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """input `[..., K]` · weight `[N, K]`ᵀ + bias `[N]` -> `[..., N]`: aten.linear."""
     return torch.nn.functional.linear(input, weight, bias)
 
 
-def _plain_shape(input, weight, bias=None, following=None):
+def _plain_shape(input, weight, bias=None):
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
 LINEAR = declare(
-    "linear(Tensor input, Tensor weight, Tensor? bias=None, Tensor? following=None) -> Tensor",
-    reference=linear_reference,
-    shape=_plain_shape,
+    "linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", reference=linear_reference, shape=_plain_shape
 )
 
 

@@ -49,7 +49,6 @@ from enginery.rewriting.rules.scale_into_linear import ScaleIntoLinear
 from enginery.rewriting.rules.sink_transposes import SinkTransposes, TransposeOfUnsqueeze
 from enginery.rewriting.rules.skinny_linears import SkinnyLinears
 from enginery.rewriting.rules.view_to_reshape import ViewToReshape
-from enginery.rewriting.rules.weights_ahead import WeightsAhead
 from enginery.rewriting.watch import Watch
 
 
@@ -129,7 +128,6 @@ PHASES: tuple[Phase, ...] = (
         wanted=lambda config: config.pack_linears and config.device == "cpu",
     ),
     Phase("skinny", (SkinnyLinears,), wanted=lambda config: config.device == "cuda"),
-    Phase("weights ahead", (WeightsAhead,), wanted=lambda config: config.device == "cuda"),
     Phase("fold", (DeadCode, CommonSubexpressions)),
 )  # fmt: skip
 
