@@ -118,6 +118,14 @@ def test_a_row_does_not_depend_on_its_neighbours(sampler: Sampler, setting: dict
         ]
 
 
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_a_device_draws_the_tokens_that_the_host_draws(setting: dict) -> None:
+    logits = torch.randn(12, 4099) * 3
+    batch = inputs(12, noise=np.random.default_rng().random(12), **setting)
+    on_host, on_device = (Sampler(draws).sample(logits.clone(), batch).wait() for draws in (HostDraws(), Draws()))
+    assert on_host.token_ids == on_device.token_ids
+
+
 def test_top_k_top_p_min_p_agree_with_transformers() -> None:
     logits = torch.randn(6, 3000) * 2
     for temperature, top_k, top_p in [(0.7, 20, 0.9), (1.2, 100, 0.6), (1.0, 3000, 0.95)]:

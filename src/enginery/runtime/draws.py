@@ -2,7 +2,7 @@
 
 A draw inverts the cumulative distribution. Masses are whole numbers, multiples of 2^-40 of the row's largest
 probability: sums of them are exact in any order, so a token of mass 0 is never drawn, and a row gives the same token
-in any batch, however a device orders its sums.
+in any batch, however a device orders its sums. Floats are summed only within blocks of 64 tokens.
 
 Of equally likely tokens, top_k takes those of smaller id; top_p keeps all that are as likely as the last it keeps.
 """
@@ -96,7 +96,8 @@ class Draws:
 
 
 class HostDraws(Draws):
-    """The same draws where the logits are on the host: looking is free there, and numpy is faster than torch."""
+    """The same draws, to the same tokens but for rounding, where the logits are on the host: looking is free there, and
+    numpy is faster than torch."""
 
     max_elements = 2**40
 
@@ -113,7 +114,9 @@ class HostDraws(Draws):
         total = _block_sums(weights).double().sum(dim=1, keepdim=True) * _UNIT
         floor = masses.gather(1, _last_kept(masses, parameters.top_p, total))
         goes_on = (masses[:, -1:] >= floor).squeeze(1)
-        token_ids = columns.gather(1, _invert(masses.masked_fill_(masses < floor, 0), parameters.noise)).squeeze(1)
+        by_column = torch.from_numpy(np.argsort(columns.numpy(), axis=1))  # the order in which a device draws
+        masses = masses.masked_fill_(masses < floor, 0).gather(1, by_column)
+        token_ids = columns.gather(1, by_column).gather(1, _invert(masses, parameters.noise)).squeeze(1)
         if goes_on.any():
             weights, noise = weights[goes_on], parameters.noise[goes_on]
             floor = _nucleus_floor_by_sort(weights, parameters.top_p[goes_on])
