@@ -8,7 +8,8 @@ the pipeline supports: whatever it does not recognise here is a failure.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ aten = torch.ops.aten
 class Writer:
     """Writes one decoder; `pick` chooses among alternatives. The methods are the parts of a decoder."""
 
-    def __init__(self, pick: Pick) -> None:
-        self.pick = pick
+    def __init__(self, pick: Pick, layers: Sequence[int] = (1, 1, 2)) -> None:
+        self.pick = self.fresh = pick
         self.network = Network()
+        self.path = ""
+        self.layers = self.pick(layers)
         self.dtype = self.pick(DTYPES)
         self.batched = self.maybe()
         self.groups, self.heads = self.pick([(1, 1), (1, 2), (2, 2), (1, 4), (2, 4), (3, 6)])
@@ -42,6 +45,9 @@ class Writer:
         self.positional = self.pick(["rotary", "rotary", "interleaved", "alibi", "learned", "none"])
         self.values: list[Tensor] = []
         """floating values that a test may make outputs of the network"""
+        self.shares = self.maybe()
+        self.shared: dict[str, Any] = {}
+        """what is computed once for all layers, if `shares`: masks and angles"""
 
     def maybe(self) -> bool:
         return self.pick((False, True))
@@ -49,14 +55,33 @@ class Writer:
     def rarely(self) -> bool:
         return self.pick((False, False, False, False, False, True))
 
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """A value that is shared between layers, or made for each, as the decoder at hand has it."""
+        if not self.shares:
+            return make()
+        if key not in self.shared:
+            with self.module("model"):
+                pick, self.pick = self.pick, self.fresh
+                self.shared[key] = make()
+                self.pick = pick
+        return self.shared[key]
+
     # Leaves
 
     def weight(self, *shape: int) -> Tensor:
-        return self.network.add_constant(f"weight_{len(self.network.constants)}", shape, self.dtype)
+        return self.network.add_constant(f"{self.path}weight_{len(self.network.constants)}", shape, self.dtype)
 
     def table(self, value: torch.Tensor) -> Tensor:
-        name = f"table_{len(self.network.constants)}"
+        name = f"{self.path}table_{len(self.network.constants)}"
         return self.network.add_constant(name, tuple(value.shape), value.dtype, value)
+
+    @contextmanager
+    def module(self, path: str) -> Iterator[None]:
+        """What is written now belongs to the module of that path."""
+        outer, self.path = self.path, f"{path}."
+        with self.network.inserting_before(None, module_path=path):
+            yield
+        self.path = outer
 
     def factor(self, value: float) -> Any:
         """The number, or a constant of rank 0 that holds it."""
@@ -241,7 +266,7 @@ class Writer:
     def attention(self, x: Any) -> Any:
         q, k, v = self.projections(x)
         if self.positional in ("rotary", "interleaved"):
-            angles = self.angles()
+            angles = self.once("angles", self.angles)
             q, k = self.rotate(q, angles), self.rotate(k, angles)
         window = self.pick([None, None, None, 1, 3, 6])
         way = self.pick(["spelled", "spelled", "spelled", "fused", "operator"])
@@ -259,6 +284,9 @@ class Writer:
         rows = (t[0].transpose(0, 1) if self.maybe() else t.transpose(1, 2).squeeze(0) for t in (q, k, v))
         y = ops.attention(*rows, self.head_dim**-0.5, True, window, cap, sinks, slopes)
         return y.transpose(0, 1)[None]
+
+    def seen(self, window: int | None, rank: int) -> Any:
+        return self.once(f"mask {window} {rank}", lambda: self.mask(window, rank))
 
     def mask(self, window: int | None, rank: int) -> Any:
         """`[tokens, tokens]`, true where a query sees a key; perhaps with sizes of one before, up to `rank`."""
@@ -278,7 +306,7 @@ class Writer:
         return self.pick([torch.finfo(torch.bfloat16).min, -torch.inf, -1e9])
 
     def masked(self, scores: Any, window: int | None) -> Any:
-        seen, least = self.mask(window, scores.rank), self.least()
+        seen, least = self.seen(window, scores.rank), self.least()
         match self.pick(["added", "filled", "where"]):
             case "added":
                 bias = torch.where(seen, 0.0, least).to(scores.dtype)
@@ -356,7 +384,7 @@ class Writer:
             options["enable_gqa"] = True
         if window is None and self.positional != "alibi" and self.maybe():
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-        mask = self.mask(window, q.rank)
+        mask = self.seen(window, q.rank)
         if self.positional == "alibi" or self.maybe():
             mask = torch.where(mask, 0.0, self.least()).to(self.dtype)
             mask = self.biased(mask)
@@ -365,13 +393,12 @@ class Writer:
     # The whole
 
     def block(self, x: Any, number: int) -> Any:
-        path = f"model.layers.{number}"
-        with self.network.inserting_before(None, module_path=f"{path}.self_attn"):
+        with self.module(f"model.layers.{number}.self_attn"):
             normed = self.norm(x)
             again = self.norm(x) if self.rarely() else normed
             self.waste(normed)
             attended = self.attention(normed)
-        with self.network.inserting_before(None, module_path=f"{path}.mlp"):
+        with self.module(f"model.layers.{number}.mlp"):
             if self.rarely():  # both branches read the same norm, as in GPT-J
                 return self.residual(self.residual(x, attended), self.mlp(again))
             x = self.residual(x, attended)
@@ -388,8 +415,14 @@ class Writer:
             x = x * self.factor(self.hidden**0.5)
         if self.positional == "learned":
             x = x + F.embedding(self.positions, self.weight(LONGEST, self.hidden))
-        for number in range(self.pick([1, 1, 2])):
+        tape: list[Any] | None = None
+        for number in range(self.layers):
+            if tape is None or self.rarely():
+                self.pick = recorder(self.fresh, tape := [])
+            else:
+                self.pick = player(self.fresh, tape)
             x = self.block(x, number)
+            self.pick = self.fresh
         x = self.norm(x)
         logits = F.linear(x, table) if self.maybe() else self.linear(x, vocabulary, self.rarely())
         if self.rarely():
@@ -402,6 +435,26 @@ class Writer:
         return network
 
 
+def recorder(pick: Pick, tape: list[Any]) -> Pick:
+    def choose(choices: Sequence[Any]) -> Any:
+        tape.append(pick(choices))
+        return tape[-1]
+
+    return choose
+
+
+def player(pick: Pick, tape: Sequence[Any]) -> Pick:
+    """The choices on the tape again; now and then another one, behind which they may not fit any more."""
+    rest = iter(tape)
+    slips = pick((False, False, False, True))
+
+    def choose(choices: Sequence[Any]) -> Any:
+        same = next(rest, None)
+        return same if same in choices and not (slips and pick((False,) * 30 + (True,))) else pick(choices)
+
+    return choose
+
+
 def _drawn(draw: Callable[[st.SearchStrategy], Any]) -> Pick:
     """Choices of hypothesis, which it can shrink, but examples are much alike; or of a seed, all different."""
     if draw(st.booleans()):
@@ -410,9 +463,9 @@ def _drawn(draw: Callable[[st.SearchStrategy], Any]) -> Pick:
 
 
 @st.composite
-def decoders(draw: Callable[[st.SearchStrategy], Any]) -> Network:
-    """One output, `logits`."""
-    return Writer(_drawn(draw)).decoder()
+def decoders(draw: Callable[[st.SearchStrategy], Any], layers: Sequence[int] = (1, 1, 2)) -> Network:
+    """One output, `logits`. Most layers after the first are spelled as it is."""
+    return Writer(_drawn(draw), layers).decoder()
 
 
 @st.composite

@@ -137,14 +137,19 @@ def shuffled(count: int) -> torch.Tensor:
 
 
 def check_pipeline(network: Network, batch: Batch, rules: Sequence[type]) -> None:
-    """Each sequence alone, before; all sequences together in two steps over a paged cache, after."""
-    vocabulary = network.outputs[0].shape[-1]
-    sequences = [some_tokens(length, vocabulary) for length, _ in batch]
-    constants = sample_values(network).constants
-    expected = Expected(network, constants, sequences)
+    before = network.copy()
     run_phases(network, PipelineConfig(rules=tuple(rule() for rule in rules), block_size=BLOCK))
-    reread(network)
-    paged = Paged(network, constants, [tokens for tokens, _ in sequences])
+    run_batch(before, network, batch)
+
+
+def run_batch(before: Network, after: Network, batch: Batch) -> None:
+    """Each sequence alone, before; all sequences together in two steps over a paged cache, after."""
+    vocabulary = before.outputs[0].shape[-1]
+    sequences = [some_tokens(length, vocabulary) for length, _ in batch]
+    constants = sample_values(before).constants
+    expected = Expected(before, constants, sequences)
+    reread(after)
+    paged = Paged(after, constants, [tokens for tokens, _ in sequences])
     steps = [[(0, done) for _, done in batch], [(done, length) for length, done in batch]]
     found = [paged.step(spans) for spans in steps if any(begin < end for begin, end in spans)]
     expected.check([[torch.cat(parts)] for parts in zip(*found, strict=True)])
@@ -182,6 +187,39 @@ def test_decoders_through_all_phases(network: Network, batch: Batch, rules: list
 @given(decoders(), batches, rule_sets)
 def test_a_thousand_decoders_through_all_phases(network: Network, batch: Batch, rules: list[type]) -> None:
     check_pipeline(network, batch, rules)
+
+
+def check_repeated(network: Network, batch: Batch, rules: Sequence[type]) -> None:
+    """What pure rules said of one layer is repeated in its likes, and that is what they say where each is asked."""
+    config = PipelineConfig(block_size=BLOCK)
+    fast, plain = network.copy(), network.copy()
+    for phase in PHASES:
+        chosen = (*phase.rules, *(rule for rule in phase.optional if rule in rules))
+        reports = []
+        for subject, remember in ((fast, True), (plain, False)):
+            if phase.prepare is not None:
+                phase.prepare(subject, config)
+            reports.append(RewritePatternManager(*(rule() for rule in chosen)).rewrite(subject, remember=remember))
+        assert reports[0].applications == reports[1].applications
+        assert str(fast) == str(plain)
+    run_batch(network, fast, batch)
+
+
+deep = decoders(layers=(3, 4, 6))
+
+
+@quick
+@given(deep, batches, rule_sets)
+def test_repeated_layers(network: Network, batch: Batch, rules: list[type]) -> None:
+    check_repeated(network, batch, rules)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@thorough
+@given(deep, batches, rule_sets)
+def test_a_thousand_decoders_of_repeated_layers(network: Network, batch: Batch, rules: list[type]) -> None:
+    check_repeated(network, batch, rules)
 
 
 inner = st.integers(1, 9)
