@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,8 +49,13 @@ class Tensor(TensorMethods):
         """The layers that read this value, each once, in execution order."""
         users = list(self._uses)
         if len(users) > 1:
-            users.sort(key=lambda layer: layer.order)
+            users.sort(key=_order)
         return users
+
+    @property
+    def user_count(self) -> int:
+        """`len(users)`, without putting them in order."""
+        return len(self._uses)
 
     @property
     def is_input(self) -> bool:
@@ -107,6 +113,9 @@ class Tensor(TensorMethods):
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.shape))
         return f"%{self.name}: {str(self.dtype).removeprefix('torch.')}[{shape}]"
+
+
+_order = attrgetter("order")
 
 
 def _network_of(values: tuple) -> Network:

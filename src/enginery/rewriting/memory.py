@@ -52,7 +52,7 @@ class Answer:
     def holds(self, view: View) -> bool:
         objects = view.objects
         for read, number, result in self.guards:
-            if read is COUNT:  # by far the most frequent
+            if read is COUNT and number >= 0:  # by far the most frequent
                 if len(objects[number]._uses) != result:
                     return False
             elif read(view, view.thing(number)) != result:

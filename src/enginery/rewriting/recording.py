@@ -202,6 +202,14 @@ def _seen(owner: type, notes: dict[str, Note], **methods: Any) -> Any:
     return type(owner.__name__, (owner,), {"__slots__": (), "__class__": property(lambda _: owner), **body, **methods})
 
 
+def _count(tensor: Any) -> int:
+    uses = Tensor.__dict__["_uses"].__get__(tensor)
+    recording = tensor.network._recording
+    if not recording._resting:
+        recording.read(COUNT, tensor)
+    return len(uses)
+
+
 _SeenTensor = _seen(
     Tensor,
     {
@@ -209,6 +217,7 @@ _SeenTensor = _seen(
         "index": _of_read(INDEX), "parent": _of_read(PARENT), "_uses": _of_read(USES),
     },
     users=property(lambda self: list(_in_order(self._uses))),
+    user_count=property(_count),
 )  # fmt: skip
 _SeenLayer = _seen(
     Layer,

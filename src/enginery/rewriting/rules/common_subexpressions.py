@@ -20,7 +20,7 @@ class CommonSubexpressions(PatternRewriter):
         inputs = layer.inputs
         if not inputs or layer.has_effects:
             return None
-        fewest = min(inputs, key=lambda tensor: len(tensor.users))
+        fewest = min(inputs, key=lambda tensor: tensor.user_count)
         users = fewest.users
         for other in reversed(users[: users.index(layer)]):
             if other.op is layer.op and _same(other.args, layer.args):

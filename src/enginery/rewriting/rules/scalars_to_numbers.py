@@ -18,6 +18,7 @@ aten = torch.ops.aten
 
 
 class ScalarsToNumbers(PatternRewriter):
+    pure = True
     root_layer = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 
     def match_and_rewrite(self, layer: Layer) -> Any:
