@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from enginery.rewriting.pipeline import PHASES, optional_rules
+from enginery.rewriting.pipeline import PHASES, PipelineConfig
 from enginery.rewriting.rule import PatternRewriter
 from record import RESULTS
 
@@ -47,9 +47,18 @@ def rules() -> Iterator[tuple[type[PatternRewriter], str, str]]:
     for phase in PHASES:
         for rule in (*phase.rules, *phase.on_request):
             found.setdefault(rule, []).append(phase.name)
-    off = optional_rules()
+    on = {name: on_by_default(device) for name, device in zip(("CPU", "GPU"), DEVICES, strict=True)}
     for rule, phases in found.items():
-        yield rule, ", ".join(phases), "off" if rule.__name__ in off else "on"
+        places = [name for name, names in on.items() if rule.__name__ in names]
+        yield rule, ", ".join(phases), "off" if not places else "on" if len(places) == len(on) else f"on, {places[0]}"
+
+
+def on_by_default(device: str) -> frozenset[str]:
+    """The names of the rules that run on a device without being asked for."""
+    config = PipelineConfig(device=device)
+    wanted = [phase for phase in PHASES if phase.wanted(config)]
+    own = [rule for phase in wanted for rule in (*phase.rules, *(phase.on_gpu if device == "cuda" else ()))]
+    return frozenset(rule.__name__ for rule in own)
 
 
 def equation(rule: type[PatternRewriter]) -> str:

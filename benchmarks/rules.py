@@ -19,7 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from enginery.network import Dim, Network
 from enginery.rewriting.pipeline import optional_rules
 from record import record
 from rule_models import FIRES, ON_GPU, checkpoint, llama_8b
-from rule_table import NOISE, TOGETHER, put_table
+from rule_table import NOISE, TOGETHER, on_by_default, put_table
 
 BLOCK = 16
 Step = Callable[[], float]
@@ -175,27 +175,26 @@ def arms(device: str, only: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def measure(model: str, names: list[str], options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    device, known = options.device, optional_rules()
+    device, known, on = options.device, optional_rules(), on_by_default(options.device)
     source = llama_8b(options.layers, device) if device == "cuda" else checkpoint(model, options.layers)
-    plain = Subject(source, BuildConfig(device=device))
+    base = BuildConfig(device=device)
+    plain = Subject(source, base)
     for name in names:
         rules = [] if name == NOISE else name.split(TOGETHER)
-        is_off = any(rule in known for rule in rules)
-        row: dict[str, Any] = {"model": model, "default": "off" if is_off else "on"}
-        config = BuildConfig(
-            device=device,
-            rules=tuple(known[rule]() for rule in rules if is_off),
-            disabled_rules=tuple(rule for rule in rules if not is_off),
-        )
+        given = tuple(known[rule]() for rule in rules if rule not in on)
+        disabled = tuple(rule for rule in rules if rule in on)
         try:
-            changed = Subject(source, config)
+            with_it = Subject(source, replace(base, rules=given)) if given else plain
+            without = plain if given and not disabled else Subject(source, replace(base, disabled_rules=disabled))
         except UnsupportedError as error:
-            yield name, {**row, "needed": str(error)}
+            yield name, {"model": model, "needed": str(error)}
             continue
-        without, with_it = (plain, changed) if is_off else (changed, plain)
-        row["applied"] = sum(with_it.applied.get(rule, 0) for rule in rules)
-        row["layers"] = f"{without.layers} → {with_it.layers}"
-        row["regions"] = f"{without.regions} → {with_it.regions}"
+        row: dict[str, Any] = {
+            "model": model,
+            "applied": sum(with_it.applied.get(rule, 0) for rule in rules),
+            "layers": f"{without.layers} → {with_it.layers}",
+            "regions": f"{without.regions} → {with_it.regions}",
+        }
         for batch in BATCHES[device]:
             row[batch.name] = compare(without.step(batch), with_it.step(batch), options.rounds)
         yield name, row
@@ -229,9 +228,7 @@ def main() -> None:
         for name, row in measure(model, names, options):
             results[name] = row
             print(json.dumps({name: shown(row)}, ensure_ascii=False), flush=True)
-    table = {
-        name: {k: v for k, v in shown(row).items() if k not in ("default", "applied")} for name, row in results.items()
-    }
+    table = {name: {k: v for k, v in shown(row).items() if k != "applied"} for name, row in results.items()}
     record(f"rules_{options.device}", {"layers": options.layers, "rules": results}, table=table, write=options.write)
 
 
