@@ -6,10 +6,14 @@ them unlike the others, and the engine compiles one layer for all.
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 from enginery.network import Layer, Tensor
 from enginery.rewriting.rule import PatternRewriter
+
+MANY = 16
+"""users of a value that has some in every block, such as a rotary table: those of other blocks are not compared"""
 
 
 class CommonSubexpressions(PatternRewriter):
@@ -22,7 +26,10 @@ class CommonSubexpressions(PatternRewriter):
             return None
         fewest = min(inputs, key=lambda tensor: tensor.user_count)
         users = fewest.users
-        for other in reversed(users[: users.index(layer)]):
+        earlier = reversed(users[: users.index(layer)])
+        if len(users) > MANY:
+            earlier = takewhile(lambda other: block_of(other.module_path) == block_of(layer.module_path), earlier)
+        for other in earlier:
             if other.op is layer.op and _same(other.args, layer.args):
                 return other.outputs if block_of(other.module_path) == block_of(layer.module_path) else None
         return None
