@@ -184,6 +184,8 @@ def _options(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cpu":
         wanted["aot_inductor.package_cpp_only"] = True
+    else:
+        wanted["aot_inductor.emit_multi_arch_kernel"] = False  # the package is for this GPU, and nvcc takes seconds
     return wanted
 
 

@@ -164,7 +164,7 @@ class Engine:
         if config.backend == "compiled":
             cache = CodeCache(fingerprint(artifact.manifest.device))
             cache.adopt(artifact.kernels(cache.fingerprint), trust=trust_engine_code)
-            if artifact.is_foreign(cache.fingerprint):
+            if artifact.is_foreign(cache.fingerprint) and not all(map(cache.find, outline(artifact.network).distinct)):
                 warnings.warn(
                     f"{directory} was compiled for another machine or torch: its regions are compiled again, once",
                     EngineryWarning,
