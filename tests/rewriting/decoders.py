@@ -450,7 +450,8 @@ def player(pick: Pick, tape: Sequence[Any]) -> Pick:
 
     def choose(choices: Sequence[Any]) -> Any:
         same = next(rest, None)
-        return same if same in choices and not (slips and pick((False,) * 30 + (True,))) else pick(choices)
+        fits = any(type(same) is type(choice) and same == choice for choice in choices)
+        return same if fits and not (slips and pick((False,) * 30 + (True,))) else pick(choices)
 
     return choose
 
