@@ -37,7 +37,7 @@ class Layer:
         self.name = name
         self.op = op
         self._args = args
-        self._inputs = _inputs_of(args)
+        self._inputs = inputs_of(args)
         self.has_effects = known.has_effects and _affects(known, op, args)
         """It writes to an argument or draws random numbers: it may not be moved, merged or removed."""
         self.outputs: tuple[Tensor, ...] = ()
@@ -129,7 +129,7 @@ class Layer:
         self.network._require_open()
         self._release_inputs()
         self._args = args
-        self._inputs = _inputs_of(args)
+        self._inputs = inputs_of(args)
         known = signature(self.op)
         self.has_effects = known.has_effects and _affects(known, self.op, args)
         self._hold_inputs()
@@ -196,7 +196,8 @@ def _affects(known: Signature, op: Operator, args: tuple) -> bool:
     return bool(known.written) or draws(op, args)
 
 
-def _inputs_of(args: tuple) -> tuple[Tensor, ...]:
+def inputs_of(args: tuple) -> tuple[Tensor, ...]:
+    """The tensors among the arguments of a call, lists flattened."""
     found: list[Tensor] = []
     for value in args:
         if value.__class__ is Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from enginery.errors import NetworkError
 from enginery.network.dim import Dim, Size, symbols_of
-from enginery.network.layer import Layer, base_of, tensors_in
+from enginery.network.layer import Layer, base_of, inputs_of, tensors_in
 from enginery.network.operator import Operator, operator_name, signature
 from enginery.network.shapes.sizes import show
 from enginery.network.tensor import Tensor
@@ -73,7 +73,7 @@ def _definitions(network: Network) -> Complaints:
     """Every value is computed before it is read, by a layer of this network."""
     defined: set[Tensor] = {*network.inputs, *network.constants}
     for layer in network:
-        for tensor in tensors_in(layer.args):
+        for tensor in inputs_of(layer._args):
             if tensor not in defined:
                 yield f"layer {layer.name} reads {tensor.name} before it is computed"
         for index, output in enumerate(layer.outputs):
@@ -85,32 +85,38 @@ def _definitions(network: Network) -> Complaints:
             yield f"output {name} reads {tensor.name}, which is not computed"
 
 
+_NOBODY: Mapping[Layer, int] = {}
+
+
 def _uses(network: Network) -> Complaints:
     """The use-lists say what the arguments say."""
     counted: dict[Tensor, dict[Layer, int]] = {}
     for layer in network:
-        inputs = tuple(tensors_in(layer.args))
+        inputs = inputs_of(layer._args)
         if inputs != layer._inputs:
             yield f"the inputs of layer {layer.name} are not those of its arguments"
         for tensor in inputs:
-            uses = counted.setdefault(tensor, {})
-            uses[layer] = uses.get(layer, 0) + 1
+            uses = counted.get(tensor)
+            if uses is None:
+                uses = counted[tensor] = {}
+            uses[layer] = uses[layer] + 1 if layer in uses else 1
     outputs: dict[Tensor, list[str]] = {}
     for name, tensor in network._outputs.items():
         outputs.setdefault(tensor, []).append(name)
     for tensor in _values(network):
-        if tensor._uses != counted.get(tensor, {}):
+        if tensor._uses != counted.get(tensor, _NOBODY):
             yield f"the users of {tensor.name} are not those that read it"
-        names = outputs.get(tensor, [])
-        if sorted(names) != sorted(tensor.output_names):
-            yield f"{tensor.name} is recorded as output {list(tensor.output_names)}, but is {names}"
+        names = outputs.get(tensor, ())
+        if (names or tensor.output_names) and sorted(names) != sorted(tensor.output_names):
+            yield f"{tensor.name} is recorded as output {list(tensor.output_names)}, but is {list(names)}"
 
 
 def _constness(network: Network) -> Complaints:
     for layer in network:
-        constant = not layer.has_effects and all(tensor.is_constant for tensor in tensors_in(layer.args))
-        if any(output.is_constant != constant for output in layer.outputs):
-            yield f"layer {layer.name} is {'' if constant else 'not '}known at build time, but recorded otherwise"
+        constant = layer._derives_constant()
+        for output in layer.outputs:
+            if output.is_constant != constant:
+                yield f"layer {layer.name} is {'' if constant else 'not '}known at build time, but recorded otherwise"
 
 
 def _schemas(network: Network) -> Complaints:
@@ -123,7 +129,7 @@ def _schemas(network: Network) -> Complaints:
 
 def _types(network: Network) -> Complaints:
     for layer in network:
-        stated = tuple((output.shape, output.dtype) for output in layer.outputs)
+        stated = tuple([(output.shape, output.dtype) for output in layer.outputs])
         try:
             inferred = infer_types(layer.op, layer.args)
             if tuple(inferred) != stated:

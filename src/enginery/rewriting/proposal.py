@@ -33,17 +33,25 @@ class Proposal(NamedTuple):
 
 
 def propose(candidate: Candidate, layer: Layer, network: Network) -> Proposal:
-    """Runs the rule's code at a layer. New layers go to the network's cursor."""
-    way = candidate.way
-    matcher = way.matcher
+    """What a rule says to a layer. New layers go to the network's cursor."""
+    fits, registers = match(candidate, layer)
+    return consult(candidate, registers, network) if fits else Proposal(False, registers[REASON], registers, None)
+
+
+def match(candidate: Candidate, layer: Layer) -> tuple[bool, Registers]:
+    """Whether the pattern fits, if the rule has one, and what it captured."""
+    matcher = candidate.way.matcher
     if matcher is None:
-        registers: Registers = [layer, None, None, None]
-    else:
-        registers = matcher.blank.copy()
-        if not matcher.step(layer.outputs[matcher.output], registers):
-            return Proposal(False, registers[REASON], registers, None)
+        return True, [layer, None, None, None]
+    registers = matcher.blank.copy()
+    return matcher.step(layer.outputs[matcher.output], registers), registers
+
+
+def consult(candidate: Candidate, registers: Registers, network: Network) -> Proposal:
+    """Runs the rule's code."""
+    way = candidate.way
     registers[NETWORK], registers[ARGS] = network, candidate.args
-    matched = matcher is not None
+    matched = way.matcher is not None
     guard = network._guard
     network._guard = APPEND_ONLY
     try:

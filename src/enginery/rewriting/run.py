@@ -15,10 +15,10 @@ from enginery.rewriting.binding import BoundRule, Way
 from enginery.rewriting.blocks import Block
 from enginery.rewriting.edit import Edit, Pair
 from enginery.rewriting.effects import Effects
-from enginery.rewriting.matcher import Registers, escapes
+from enginery.rewriting.matcher import REASON, Registers, escapes
 from enginery.rewriting.memory import Answer, Memory
 from enginery.rewriting.ordering import put_in_order
-from enginery.rewriting.proposal import Candidate, Proposal, propose
+from enginery.rewriting.proposal import Candidate, Proposal, consult, match, propose
 from enginery.rewriting.recording import Recording
 from enginery.rewriting.replacement import pairs_of
 from enginery.rewriting.report import Application, Report, RuleReport
@@ -169,7 +169,17 @@ class Run:
 
     def _ask(self, candidates: Sequence[Candidate], edit: Edit) -> None:
         for candidate in candidates:
-            if self._settle(candidate, edit, self._propose(candidate, edit)):
+            try:
+                fits, registers = match(candidate, edit.root)
+                proposal = consult(candidate, registers, self.network) if fits else None
+            except Exception as error:
+                self._fail(candidate, edit, error)
+            if proposal is None:
+                candidate.fact.tried += 1
+                if registers[REASON] is not None:
+                    candidate.fact.declined[registers[REASON]] += 1
+                self._take_time(candidate)
+            elif self._settle(candidate, edit, proposal):
                 return
 
     def _offer_recorded(self, candidates: Sequence[Candidate], edit: Edit, memory: Memory, block: Block) -> None:
@@ -200,10 +210,8 @@ class Run:
         edit.answer = None
         self._ask(candidates[candidates.index(answer.candidate) + 1 :], edit)
 
-    def _propose(self, candidate: Candidate, edit: Edit, recording: Recording | None = None) -> Proposal:
+    def _propose(self, candidate: Candidate, edit: Edit, recording: Recording) -> Proposal:
         try:
-            if recording is None:
-                return propose(candidate, edit.root, self.network)
             with recording:
                 return propose(candidate, edit.root, self.network)
         except Exception as error:
