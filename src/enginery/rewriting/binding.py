@@ -50,13 +50,16 @@ class BoundRule:
 
     @property
     def location(self) -> str:
-        """file:line of the rule's rewrite."""
+        """file:line of the rule's rewrite, or of its class."""
         source = type(self.source)
-        function = getattr(
-            source, "match_and_rewrite" if source.rewrite is PatternRewriter.rewrite else "rewrite", None
-        )
-        code = inspect.unwrap(function).__code__ if function is not None else None
-        return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else "?"
+        for name in ("rewrite", "match_and_rewrite"):
+            if _overrides(self.source, name):
+                code = getattr(inspect.unwrap(getattr(self.source, name)), "__code__", None)
+                return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else "?"
+        try:
+            return f"{inspect.getfile(source)}:{inspect.getsourcelines(source)[1]}"
+        except (OSError, TypeError):
+            return "?"
 
     @property
     def height(self) -> int:
@@ -73,7 +76,7 @@ def bind(label: str, rule: Any, benefit: int | None = None) -> BoundRule:
         else:
             bound.ways = [_imperative(bound, rule)]
     except EngineryError as error:
-        raise RewriteError(f"rule {label}: {error.cause}", error.fix, rule=label) from error
+        raise RewriteError(f"rule {label}: {error.cause} ({bound.location})", error.fix, rule=label) from error
     return bound
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from time import perf_counter
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 from enginery.errors import EngineryError, RewriteError, RewriteLimitError
@@ -250,7 +251,8 @@ class Run:
         if isinstance(error, RewriteError):
             raise error
         detail = error.cause if isinstance(error, EngineryError) else f"{type(error).__name__}: {error}"
-        raise _broken(candidate.way, edit.root, f"raised {detail}", "Correct the rule") from error
+        line = _line_of(error, candidate.way.rule.location)
+        raise _broken(candidate.way, edit.root, f"raised {detail}", "Correct the rule", line) from error
 
     def _carry_out(self, candidate: Candidate, edit: Edit, registers: Registers, result: Any) -> None:
         """Makes the change that a rule asked for, or raises MatchFailure where it cannot be."""
@@ -306,18 +308,28 @@ class Run:
         counts = Counter(application.rule for application in recent).most_common()
         self.undo()
         text = ", ".join(f"{rule} {count} times" for rule, count in counts)
+        place = self.report[counts[0][0]].location
         return RewriteLimitError(
-            f"more than {self.limit} rewrites, the last ones by {text} (now at layer {layer.name})",
+            f"more than {self.limit} rewrites, the last ones by {text} (now at layer {layer.name}; {place})",
             "Make the rule decline its own output, or raise limit=",
             rule=counts[0][0],
             layer=layer.name,
         )
 
 
-def _broken(way: Way, layer: Layer, what: str, fix: str = "") -> RewriteError:
+def _broken(way: Way, layer: Layer, what: str, fix: str = "", line: str = "") -> RewriteError:
     label = way.rule.label
-    cause = f"rule {label} {what} (at layer {layer.name}; {way.rule.location})"
+    cause = f"rule {label} {what} (at layer {layer.name}; {line or way.rule.location})"
     return RewriteError(cause, fix, rule=label, layer=layer.name)
+
+
+def _line_of(error: Exception, location: str) -> str:
+    """The last line of the rule's file on the way to an error."""
+    file, line = location.rpartition(":")[0], location
+    for frame, number in walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == file:
+            line = f"{file}:{number}"
+    return line
 
 
 def _check_types(way: Way, root: Layer, pairs: Sequence[Pair]) -> None:
