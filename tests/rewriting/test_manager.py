@@ -505,3 +505,27 @@ def test_threads_with_two_networks_and_one_manager():
         thread.join()
     assert not failures
     assert all(str(network) == str(wanted) for network in networks)
+
+
+def test_verification_asks_a_rule_again_only_where_an_output_changed():
+    class Counts(PatternRewriter):
+        pattern = F.silu(Var("x"))
+
+        def __init__(self):
+            self.asked = 0
+
+        def rewrite(self, x):
+            self.asked += 1
+            return x * torch.sigmoid(x)
+
+    class Wrong(PatternRewriter):
+        pattern = torch.exp(Var("x"))
+
+        def rewrite(self, x):
+            return torch.tanh(x)
+
+    sound, unsound = Counts(), Counts()
+    RewritePatternManager(sound).rewrite(network_of(lambda x: F.silu(torch.exp(x))), verify=True)
+    RewritePatternManager(unsound, Wrong()).rewrite(network_of(lambda x: F.silu(torch.exp(x))), verify=True)
+    assert sound.asked == 1
+    assert unsound.asked > 1

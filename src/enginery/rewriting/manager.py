@@ -55,7 +55,8 @@ class RewritePatternManager:
         """Applies the rules until none of them fits any more.
 
         `verify`: run the network before and after on these inputs (True: seeded random ones), compare within
-        the tolerance of the dtype, take back every rule that changed an output and say so in the report. `limit`
+        the tolerance of the dtype, take back every rule that changed an output and say so in the report: the rules are
+        then asked again from the state before the run, which one that keeps state must expect. `limit`
         bounds the number of applications (default: ten per layer and a thousand). `args` reach the rules as `args`,
         laid over their own. `remember`: pure rules are asked in one of several equal blocks and the answer is
         repeated in the others, with the same result (None: where that is likely to be faster).
