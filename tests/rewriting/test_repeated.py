@@ -349,6 +349,28 @@ def test_readers_outside_of_the_block_are_counted_again(what):
     assert report["Alone"].rewritten == 9
 
 
+@pytest.mark.parametrize("look", [lambda x: x.user_count, lambda x: len(x.users)])
+def test_what_a_rule_reads_of_its_own_calls_is_not_compared(look):
+    """The linear of one block has a reader outside: as many as the rule sees elsewhere after its own call."""
+
+    class Looks(PatternRewriter):
+        pure = True
+        root_layer = (aten.silu.default,)
+
+        def match_and_rewrite(self, layer):
+            x = layer.args[0]
+            y = torch.tanh(x)
+            return y * float(look(x))
+
+    def make():
+        network = stack(*["ls"] * 10)
+        linear = network.layers.index(network.layer("model.layers.6.part0.linear"))
+        return disturbed_at(network, linear, "share")
+
+    network = both_ways(make, (Looks,))[0]
+    assert sorted({layer.args[1] for layer in network if layer.op is aten.mul.Tensor}) == [2.0, 3.0]
+
+
 def test_a_change_from_outside_is_a_change():
     """A rule of the first layers changes what a later block reads: an operand twice instead of two."""
 

@@ -48,6 +48,7 @@ class Recording:
 
     def __exit__(self, *_: Any) -> None:
         self._close()
+        vars(self.network).pop("_recording", None)
 
     def _open(self) -> None:
         if not self.is_void:
@@ -81,8 +82,8 @@ class Recording:
                 self._met[other] = None
                 _set_class(other, _SeenTensor if isinstance(other, Tensor) else _SeenLayer)
         self._resting = False
-        if not self._appended.isdisjoint(found):
-            self.end()
+        if not self._appended.isdisjoint(thing._uses if read is COUNT else found):
+            self.end()  # elsewhere it would be read before the rule has appended anything
 
     def _note(self, read: Read, thing: Any) -> Sequence[Any]:
         """Adds a guard if one is needed. Gives the objects that the rule meets by this read."""
