@@ -208,7 +208,7 @@ def check_repeated(network: Network, batch: Batch, rules: Sequence[type]) -> Non
 deep = decoders(layers=(3, 4, 6))
 
 
-@quick
+@settings(quick, max_examples=20)
 @given(deep, batches, rule_sets)
 def test_repeated_layers(network: Network, batch: Batch, rules: list[type]) -> None:
     check_repeated(network, batch, rules)
