@@ -146,9 +146,7 @@ class GraphedStep:
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Logits `[≥ L, vocab_size]`, valid until the next call."""
         shape = self.buckets.fitting(StepShape.of(inputs))
-        if shape is not None and shape not in self._captured:
-            self._captured[shape] = self._try_capture(shape)
-        captured = None if shape is None else self._captured[shape]
+        captured = None if shape is None else self._once(shape)
         if shape is None or captured is None:
             return self._launched(inputs)
         self._buffer.send(inputs, shape)
@@ -162,8 +160,12 @@ class GraphedStep:
         """Captures shapes, yielding each before its turn."""
         for shape in shapes:
             yield shape
-            if shape not in self._captured:
-                self._captured[shape] = self._try_capture(shape)
+            self._once(shape)
+
+    def _once(self, shape: StepShape) -> Captured | None:
+        if shape not in self._captured:
+            self._captured[shape] = self._try_capture(shape)
+        return self._captured[shape]
 
     def _try_capture(self, shape: StepShape) -> Captured | None:
         """None where memory is too small: such steps are launched."""

@@ -19,7 +19,7 @@ RING = 3
 Views = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class StepShape:
     """Sizes of a step's arrays; those of a padded one are larger than the batch."""
 
@@ -38,14 +38,6 @@ class StepShape:
     def is_decode(self) -> bool:
         """One new token for each sequence: attention writes its cache itself."""
         return self.tokens == self.sequences
-
-    def holds(self, other: StepShape) -> bool:
-        return (
-            other.tokens <= self.tokens
-            and other.sequences <= self.sequences
-            and other.blocks <= self.blocks
-            and other.logits <= self.logits
-        )
 
 
 @dataclass(frozen=True)

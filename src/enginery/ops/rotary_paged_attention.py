@@ -32,14 +32,10 @@ def rotary_paged_attention_reference(
     return PAGED_ATTENTION.overload(rotate(query, cos, sin), rotate(key, cos, sin), value, *rest)
 
 
-def _shape(query, key, value, *rest, **named):
-    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-
-
 ROTARY_PAGED_ATTENTION = declare(
     "rotary_paged_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
     "Tensor(b!) value_cache, Tensor slot_mapping, Tensor block_tables, Tensor query_start, Tensor seq_lens, "
     "float scale, int? window=None, float? softcap=None, Tensor? sinks=None, Tensor? alibi_slopes=None) -> Tensor",
     reference=rotary_paged_attention_reference,
-    shape=_shape,
+    shape=PAGED_ATTENTION.shape,
 )
