@@ -13,6 +13,7 @@ from enginery.ops.experts import EXPERT_LINEAR
 from enginery.ops.float8_linear import FLOAT8_LINEAR
 from enginery.ops.gpt_attention import GPT_ATTENTION
 from enginery.ops.linear import LINEAR, PACK_LINEAR, PACKED_EMBEDDING, PACKED_LINEAR, PANEL
+from enginery.ops.norm_linear import NORM_LINEAR
 from enginery.ops.paged_attention import PAGED_ATTENTION
 from enginery.ops.rotary_paged_attention import ROTARY_PAGED_ATTENTION
 from enginery.ops.silu_mul import SILU_MUL
@@ -29,6 +30,7 @@ OPS: tuple[Op, ...] = (
     SILU_MUL,
     ROTARY_PAGED_ATTENTION,
     LINEAR,
+    NORM_LINEAR,
     FLOAT8_LINEAR,
 )
 
@@ -43,6 +45,7 @@ add_rms_norm = ADD_RMS_NORM.overload
 silu_mul = SILU_MUL.overload
 rotary_paged_attention = ROTARY_PAGED_ATTENTION.overload
 linear = LINEAR.overload
+norm_linear = NORM_LINEAR.overload
 float8_linear = FLOAT8_LINEAR.overload
 
 
@@ -53,6 +56,6 @@ def reference(overload: torch._ops.OpOverload) -> Callable:
 
 __all__ = [
     "NAMESPACE", "OPS", "PANEL", "Op", "add_rms_norm", "attention", "expert_linear", "float8_linear", "gpt_attention",
-    "linear", "pack_linear", "packed_embedding", "packed_linear", "paged_attention", "reference",
+    "linear", "norm_linear", "pack_linear", "packed_embedding", "packed_linear", "paged_attention", "reference",
     "rotary_paged_attention", "silu_mul",
 ]  # fmt: skip

@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 
 from enginery.ops.declare import declare
+from enginery.ops.precision import widened
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """weight · x / √(mean(x²) + eps) over the last dimension, in x's precision."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
 
 def add_rms_norm_reference(
@@ -14,11 +20,8 @@ def add_rms_norm_reference(
 
     norm(s) = s / √(mean(s²) + eps) of the sum as it is returned, in float32 (float64 for float64), rounded once.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x + residual
-    rows = total.to(wide)
-    normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
-    return (normed * weight.to(wide)).to(x.dtype), total
+    return rms_norm(widened(total), weight, eps).to(x.dtype), total
 
 
 def _shape(x, residual, weight, eps):

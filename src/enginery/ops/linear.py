@@ -5,22 +5,45 @@ from __future__ import annotations
 import torch
 
 from enginery.ops.declare import declare
+from enginery.ops.precision import widened
 
 PANEL = 32
 """Outputs of one panel: two AVX-512 registers of float32, the width at which one row of input runs at memory speed."""
 
 
-def linear_reference(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """input `[..., K]` · weight `[N, K]`ᵀ + bias `[N]` -> `[..., N]`: aten.linear."""
-    return torch.nn.functional.linear(input, weight, bias)
+def linear_reference(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """input `[..., K]` · weight `[N, K]`ᵀ + bias `[N]` -> `[..., N]`: aten.linear, over weights of 8 bits too.
+
+    With a scale, float32 `[N]` or `[1]`, the weight is float8_e4m3fn and stands for weight · scale. Then the product
+    is summed in float32 (float64 for float64) and rounded once, to the input's dtype; and a kernel may round the rows
+    of the input to float8, each with a scale max|row| / 448 of its own, where there are so many that the product is
+    bound by computing. The reference does not.
+    """
+    if scale is None:
+        return torch.nn.functional.linear(input, weight, bias)
+    return wide_linear(widened(input), weight, bias, scale).to(input.dtype)
 
 
-def _plain_shape(input, weight, bias=None):
+def wide_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """The linear layer in the precision of its input, whatever the others have."""
+    product = torch.nn.functional.linear(input, weight.to(input.dtype))
+    if scale is not None:
+        product = product * scale.to(input.dtype)
+    return product if bias is None else product + bias.to(input.dtype)
+
+
+def _plain_shape(input, weight, bias=None, scale=None):
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
 LINEAR = declare(
-    "linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", reference=linear_reference, shape=_plain_shape
+    "linear(Tensor input, Tensor weight, Tensor? bias=None, Tensor? scale=None) -> Tensor",
+    reference=linear_reference,
+    shape=_plain_shape,
 )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from enginery.ops.declare import declare
 from enginery.ops.paged_attention import PAGED_ATTENTION
+from enginery.ops.precision import widened
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -18,11 +19,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     In float32 (float64 for float64), rounded once.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.to(wide)
+    rows = widened(x)
     first, second = rows.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (rows * cos.to(wide)[:, None] + turned * sin.to(wide)[:, None]).to(x.dtype)
+    return (rows * cos.to(rows.dtype)[:, None] + turned * sin.to(rows.dtype)[:, None]).to(x.dtype)
 
 
 def rotary_paged_attention_reference(

@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 
 from enginery.ops.declare import declare
+from enginery.ops.precision import widened
+
+
+def silu_gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(first half) · second half of the last dimension, in the precision of the argument."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
 
 
 def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up `[..., 2·N]` -> silu(first half) · second half `[..., N]`, in float32 (float64), rounded once."""
-    wide = torch.float64 if gate_up.dtype == torch.float64 else torch.float32
-    gate, up = gate_up.to(wide).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+    return silu_gate(widened(gate_up)).to(gate_up.dtype)
 
 
 def _shape(gate_up):
