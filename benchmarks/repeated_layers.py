@@ -150,7 +150,7 @@ def main() -> None:
         f"{name}, {layers} layers": compare(layers, rules, options.rounds if layers < 1000 else min(options.rounds, 3))
         for name, rules in found.items()
         for layers in options.layers
-        if name in ("canonicalise", "fuse", "fold")
+        if name in ("canonicalise", "merge linears", "fold")
     }
     record("repeated_layers", results, table=results, write=options.write)
 

@@ -26,6 +26,8 @@ SOFTMAX = 5
 """per element: maximum, subtract, exponential, sum, divide"""
 NORMALIZATION = 7
 """per element: mean, subtract, square, sum, scale, weight, bias"""
+ADD_RMS_NORM = 5
+"""per element: add, square, sum, scale, weight"""
 
 
 def flops(layer: Layer, layout: Layout, step: Step) -> int | None:
@@ -136,9 +138,18 @@ def _gpt_attention(layer: Layer, layout: Layout, step: Step) -> int:
     return 4 * math.prod(rows) * visible_pairs(tokens, 0, None) * width
 
 
+def _norm_linear(layer: Layer, layout: Layout, step: Step) -> int:
+    """input [..., K], weight [N, K]: the product, add_rms_norm, and silu_mul if it is gated."""
+    elements = layout.numel(layer.inputs[0])
+    features, depth = layout.shape(layer.arguments["weight"])
+    gate = elements // depth * features if layer.arguments["gated"] else 0
+    return 2 * elements * features + ADD_RMS_NORM * elements + gate
+
+
 _PRODUCTS: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys(("linear", "packed_linear", "float8_linear", "expert_linear"), _product(0)),
+        "norm_linear": _norm_linear,
         **dict.fromkeys(("mm", "bmm", "matmul", "mv", "dot"), _product(0)),
         **dict.fromkeys(("addmm", "addmv", "baddbmm"), _product(1)),
         **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
@@ -154,7 +165,7 @@ _OTHERS: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp"), _per_input(1)),
         "silu_mul": _per_input(1),
-        "add_rms_norm": _per_input(5),
+        "add_rms_norm": _per_input(ADD_RMS_NORM),
     }
 )
 _BY_KIND: Mapping[LayerKind, Rule] = MappingProxyType(

@@ -53,7 +53,7 @@ class CostAnalyzer(PatternAnalyzer):
             return None
         moved = traffic(root, self.layout, self.step)
         counted = flops(root, self.layout, self.step)
-        dtype = root.inputs[0].dtype if is_product(root.op) else torch.float32
+        dtype = _operands(root).dtype if is_product(root.op) else torch.float32
         is_folded = self.known.issuperset(root.outputs)
         return LayerCost(
             root, moved.cost(counted or 0, self.layout, self.known), moved, dtype, counted is not None, is_folded
@@ -62,6 +62,12 @@ class CostAnalyzer(PatternAnalyzer):
     def run(self) -> list[LayerCost]:
         """In execution order."""
         return AnalysisPatternManager(self).analyze(self.network)[type(self).__name__]
+
+
+def _operands(product: Layer) -> Tensor:
+    """The one whose dtype gives the speed: a weight with a scale has its input rounded likewise."""
+    arguments = product.arguments
+    return arguments["weight"] if isinstance(arguments.get("scale"), Tensor) else product.inputs[0]
 
 
 def known_values(network: Network, weights: Iterable[Tensor] = ()) -> set[Tensor]:

@@ -27,6 +27,15 @@ def check_tokens_apart(network: Network) -> None:
             _check(layer)
 
 
+def keeps_tokens_apart(layer: Layer) -> bool:
+    """No output of the layer for one token depends on its operands for another, by the axes that it works along."""
+    try:
+        _check(layer)
+    except UnsupportedError:
+        return False
+    return True
+
+
 def _check(layer: Layer) -> None:
     name = operator_name(layer.op)
     axes_of = None if layer.op in _BINARY else _AXES.get(layer.op._opname)
@@ -74,6 +83,10 @@ def _joined(layer: Layer) -> Axes:
     return [(tensor, layer.arguments["dim"]) for tensor in layer.inputs]
 
 
+def _looked_up(layer: Layer) -> Axes:
+    return [(layer.args[0], 0)]
+
+
 def _last(layer: Layer) -> Axes:
     return [(layer.inputs[0], -1)]
 
@@ -110,14 +123,15 @@ def _table() -> Mapping[str, Callable[[Layer], Axes]]:
         _none: "reshape view _unsafe_view flatten unflatten squeeze unsqueeze transpose permute t numpy_T mT expand "
         "repeat broadcast_to expand_as view_as to type_as _to_copy clone contiguous alias detach dropout stack where "
         "copy zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
-        "scalar_tensor embedding packed_embedding one_hot paged_attention rotary_paged_attention "
+        "scalar_tensor packed_embedding one_hot paged_attention rotary_paged_attention "
         "pack_linear masked_fill bitwise_not",
         _dim: "sum mean prod amax amin max min argmax argmin any all softmax _softmax log_softmax logsumexp cumsum "
         "cumprod topk sort argsort split split_with_sizes chunk unbind gather scatter scatter_add index_select "
         "index_add select slice slice_scatter select_scatter repeat_interleave narrow flip roll var std norm "
         "linalg_vector_norm diff glu",
+        _looked_up: "embedding",
         _joined: "cat concat concatenate hstack",
-        _last: "linear packed_linear float8_linear expert_linear add_rms_norm silu_mul",
+        _last: "linear packed_linear float8_linear expert_linear norm_linear add_rms_norm silu_mul",
         _normalised: "layer_norm rms_norm native_layer_norm",
         _product: "matmul mm bmm addmm baddbmm mv dot",
         _indexed: "index index_put",
@@ -132,4 +146,4 @@ _AXES = _table()
 _BINARY = (torch.ops.aten.min.other, torch.ops.aten.max.other)
 """pointwise, unlike the reductions of their name"""
 
-__all__ = ["check_tokens_apart"]
+__all__ = ["TOKENS", "check_tokens_apart", "keeps_tokens_apart"]

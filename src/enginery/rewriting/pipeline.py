@@ -28,6 +28,7 @@ from enginery.rewriting.rules.drop_identities import DropIdentities
 from enginery.rewriting.rules.drop_views import DropViews
 from enginery.rewriting.rules.expand_baddbmm import ExpandBaddbmm
 from enginery.rewriting.rules.fuse_add_norm import FuseAddNorm
+from enginery.rewriting.rules.fuse_norm_linear import FuseGate, FuseNormLinear
 from enginery.rewriting.rules.fuse_rotary import FuseRotary
 from enginery.rewriting.rules.fuse_silu_mul import FuseSiluMul
 from enginery.rewriting.rules.gather_logits import GatherEarlier, gather_output
@@ -96,6 +97,11 @@ TIDY: tuple[type[PatternRewriter], ...] = (
 )  # fmt: skip
 """what leaves a network's values as they are and makes equal things look equal"""
 
+FUSED_LINEARS: tuple[type[PatternRewriter], ...] = (
+    SkinnyLinears, FuseAddNorm, FuseSiluMul, FuseNormLinear, FuseGate,
+)  # fmt: skip
+"""between two linears of a decoder layer nothing is left but attention, if its kernels are a GPU's"""
+
 USER_RULES = "user rules"
 
 PHASES: tuple[Phase, ...] = (
@@ -107,7 +113,7 @@ PHASES: tuple[Phase, ...] = (
             ScaleIntoAttention, MergeFactors, ScaleIntoEmbedding, ScaleIntoLinear, ScaleBeforeLinear, NormIntoLinear,
         ),
     ),
-    Phase("fuse", (MergeParallelLinears,), optional=(FuseAddNorm, FuseSiluMul)),
+    Phase("merge linears", (MergeParallelLinears,)),
     Phase(USER_RULES),
     Phase("quantise", approximate=(QuantiseLinears,)),
     Phase(
@@ -122,12 +128,12 @@ PHASES: tuple[Phase, ...] = (
         (GatherEarlier,),
         prepare=lambda network, config: gather_output(network),
     ),
+    Phase("fuse linears", optional=FUSED_LINEARS, on_gpu=FUSED_LINEARS),
     Phase(
         "pack",
         (PackLinears, PackTiedEmbedding),
         wanted=lambda config: config.pack_linears and config.device == "cpu",
     ),
-    Phase("skinny", (SkinnyLinears,), wanted=lambda config: config.device == "cuda"),
     Phase("fold", (DeadCode, CommonSubexpressions)),
 )  # fmt: skip
 

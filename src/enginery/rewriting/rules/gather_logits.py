@@ -1,25 +1,27 @@
 """f(x)[i] = f(x[i])   for an f that treats each token by itself
 
 Logits are wanted for few tokens of a step. `gather_output` asks for those alone; the rule moves the choice up, before
-the head, through operators with one operand that depends on tokens.
+the head, the final norm, and the last layer's MLP and output projection, to where tokens meet: the last attention.
+What only the chosen tokens need is computed for them alone. A value that something else reads too is computed as it
+was, and gathered: the residual stream, of which the last attention needs every token.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from enginery.network import Dim, Layer, Network
-from enginery.rewriting.rule import PatternRewriter
+from enginery.network import Dim, Layer, Network, Tensor
+from enginery.rewriting.isolation import TOKENS, keeps_tokens_apart
+from enginery.rewriting.rule import MatchFailure, PatternRewriter
 
 aten = torch.ops.aten
 
 INDICES = "logits_indices"
-POINTWISE = (
-    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.tanh.default, aten.neg.default,
-    aten.to.dtype,
-)  # fmt: skip
+RESHAPES = ("reshape", "view", "_unsafe_view", "flatten", "unflatten", "view_as")
 
 
 def gather_output(network: Network) -> None:
@@ -38,37 +40,97 @@ class GatherEarlier(PatternRewriter):
 
     def match_and_rewrite(self, layer: Layer) -> Any:
         x, dim, indices = layer.args
-        producer = x.parent
-        if producer is None or indices.name != INDICES or len(x.users) != 1:
+        if indices.name != INDICES or _rows(x) != Rows(dim % x.rank, 1):
             return None
-        call = producer.op, *producer.args
-        match call:
-            case aten.linear.default, inner, weight, bias if weight.is_constant and dim < x.rank - 1:
-                return torch.nn.functional.linear(torch.index_select(inner, dim, indices), weight, bias)
-            case aten.select.int, inner, axis, index:
-                axis %= inner.rank
-                return torch.index_select(inner, dim + (dim >= axis), indices).select(axis, index)
-            case aten.unsqueeze.default, inner, axis if (axis := axis % x.rank) != dim:
-                return torch.index_select(inner, dim - (dim > axis), indices).unsqueeze(axis)
-            case aten.slice.Tensor, inner, axis, *rest if axis % x.rank != dim:
-                return _call(layer, producer.op, torch.index_select(inner, dim, indices), axis, *rest)
-        if producer.op in POINTWISE:
-            return _through_pointwise(layer, producer, dim, indices)
+        tail = _tail(layer)
+        if all(moved.op._opname in RESHAPES for moved in tail):
+            raise MatchFailure(f"{x.name} is read elsewhere too, or tokens meet in it")
+        return _for_chosen_tokens(layer, tail)
+
+
+class Rows(NamedTuple):
+    """Where a value has its tokens: `count` rows for each along an axis, those of one token side by side."""
+
+    axis: int
+    count: int
+
+
+def _rows(tensor: Tensor) -> Rows | None:
+    """None: it does not depend on the number of tokens. Raises MatchFailure if it does in another way."""
+    axes = [axis for axis, size in enumerate(tensor.shape) if isinstance(size, Dim) and TOKENS in size.symbols]
+    if not axes:
         return None
+    tokens, size = Dim.symbol(TOKENS), tensor.shape[axes[0]]
+    count: Any = size // tokens
+    if len(axes) > 1 or not isinstance(count, int) or tokens * count != size:
+        raise MatchFailure(f"{tensor.name} has no axis of tokens")
+    return Rows(axes[0], count)
 
 
-def _through_pointwise(layer: Layer, producer: Layer, dim: int, indices: Any) -> Any:
-    """One operand has all the tokens; the others have none of that dimension."""
-    x = producer.output
-    size = x.shape[dim]
-    holders = [tensor for tensor in producer.inputs if tensor.rank == x.rank and tensor.shape[dim] == size]
-    others = [tensor for tensor in producer.inputs if tensor not in holders]
-    if len(holders) != 1 or any(tensor.rank >= x.rank - dim and tensor.shape[dim - x.rank] != 1 for tensor in others):
-        return None
-    (whole,) = holders
-    chosen = _call(layer, aten.index_select.default, whole, dim, indices)
-    return _call(layer, producer.op, *(chosen if value is whole else value for value in producer.args))
+def _tail(gather: Layer) -> list[Layer]:
+    """The layers that can be computed for the gathered tokens alone, in execution order."""
+    tail: dict[Layer, None] = {gather: None}
+    pending = {tensor.parent for tensor in gather.inputs if tensor.parent is not None}
+    while pending:
+        layer = max(pending, key=lambda layer: layer.order)  # those that read it have been looked at
+        pending.remove(layer)
+        if all(user in tail for user in layer.users) and _treats_tokens_alike(layer):
+            tail[layer] = None
+            pending |= {tensor.parent for tensor in layer.inputs if tensor.parent is not None}
+    return list(tail)[:0:-1]
 
 
-def _call(layer: Layer, op: Any, *args: Any) -> Any:
-    return layer.network.call(op, *args)
+def _treats_tokens_alike(layer: Layer) -> bool:
+    """Its results for some tokens follow from its operands for these tokens, by the same call."""
+    if layer.has_effects or layer.is_constant or any(output.is_output for output in layer.outputs):
+        return False
+    if any(isinstance(value, Dim) and TOKENS in value.symbols for value in layer.args):
+        return False  # it computes with the number of tokens; in a list of sizes it is one
+    try:
+        operands, results = ([_rows(tensor) for tensor in tensors] for tensors in (layer.inputs, layer.outputs))
+    except MatchFailure:
+        return False
+    if not all(results) or not keeps_tokens_apart(layer):
+        return False
+    if layer.op._opname in RESHAPES:
+        return _before_rows(layer.inputs[0]) == _before_rows(layer.output)
+    return len({rows.count for rows in (*operands, *results) if rows is not None}) == 1
+
+
+def _before_rows(tensor: Tensor) -> Any:
+    """How often the tokens stand in it, one after the other: what a reshape that keeps their order leaves."""
+    rows = _rows(tensor)
+    return None if rows is None else math.prod(tensor.shape[: rows.axis])
+
+
+def _for_chosen_tokens(gather: Layer, tail: Sequence[Layer]) -> Tensor:
+    """The same calls over gathered operands, each in its own module."""
+    network, (x, _, indices) = gather.network, gather.args
+    twins: dict[Tensor, Tensor] = {}
+
+    def twin(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value not in twins:
+                twins[value] = _gathered(value, indices)
+            return twins[value]
+        if isinstance(value, tuple):
+            return tuple(map(twin, value))
+        return value.substitute({TOKENS: indices.shape[0]}) if isinstance(value, Dim) else value
+
+    for layer in tail:
+        with network.inserting_before(gather, module_path=layer.module_path):
+            outputs = network.add_layer(layer.op, tuple(map(twin, layer.args))).outputs
+        twins.update(zip(layer.outputs, outputs, strict=True))
+    return twins[x]
+
+
+def _gathered(tensor: Any, indices: Any) -> Any:
+    """Raises MatchFailure if it depends on tokens, but not by rows."""
+    rows = _rows(tensor)
+    if rows is None:
+        return tensor
+    if rows.count == 1:
+        return torch.index_select(tensor, rows.axis, indices)
+    before, after = tensor.shape[: rows.axis], tensor.shape[rows.axis + 1 :]
+    by_token = tensor.reshape([*before, Dim.symbol(TOKENS), rows.count, *after])
+    return torch.index_select(by_token, rows.axis, indices).reshape([*before, indices.shape[0] * rows.count, *after])

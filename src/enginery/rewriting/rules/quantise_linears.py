@@ -1,9 +1,8 @@
-"""linear(x, W, b) = s·t·float8_linear(x/s, W/t) + b   with s = max|x|/448 of each token, t = max|W|/448 of each output
+"""linear(x, W, b) = enginery::linear(x, W/t, b, t)   with t = max|W|/448 of each output
 
-Approximate on purpose: x/s and W/t are rounded to float8_e4m3fn. The product has no scales of its own, so that it takes
-the fastest matrix product there is; scales, rounding and bias are plain ATen, which the compiler fuses into the norm or
-activation before the product and into whatever follows it. x/s of parallel linears is one value (`CommonSubexpressions`
-merges them), W/t and t are computed when weights are bound.
+Approximate on purpose: W/t is rounded to float8_e4m3fn, once, when weights are bound. Activations stay as they are,
+except where the kernel multiplies 8-bit floats to be faster: with many rows it rounds each row x of the input by a
+scale max|x|/448 of its own (`enginery.ops.linear`).
 
 The head, whose rounding would go straight into the logits, and the routers of a mixture of experts stay as they are.
 """
@@ -29,7 +28,7 @@ MULTIPLE = 16
 """both sides of a weight are multiples of this: what the matrix units take"""
 ROUTER_REACH = 8
 """calls between a router and the choice of experts, at most"""
-PRODUCTS = (aten.linear.default, ops.expert_linear, ops.attention)
+PRODUCTS = (aten.linear.default, ops.linear, ops.expert_linear, ops.attention)
 
 
 class QuantiseLinears(PatternRewriter):
@@ -42,20 +41,15 @@ class QuantiseLinears(PatternRewriter):
     def match_and_rewrite(self, layer: Layer) -> Any:
         x, weight, bias = layer.args
         _require_fit(layer)
-        inputs, input_scale = quantise(x, (-1,))
-        weights, weight_scale = quantise(weight, (1,) if self.per_channel else (0, 1))
-        product = ops.float8_linear(inputs, weights).to(torch.float32)
-        result = product * input_scale * weight_scale.squeeze(1)
-        if bias is not None:
-            result = result + bias
-        return result.to(x.dtype)
+        narrow, scale = quantise(weight, (1,) if self.per_channel else (0, 1))
+        return ops.linear(x, narrow, bias, scale)
 
 
-def quantise(values: Any, dims: tuple[int, ...]) -> tuple[Any, Any]:
-    """(q, s) with values ≈ q·s: q is float8, s is float32 and has the size 1 in the dimensions `dims` that share it."""
-    maximum = values.abs().amax(dims, keepdim=True).to(torch.float32)
+def quantise(weight: Any, dims: tuple[int, ...]) -> tuple[Any, Any]:
+    """(q, s) with weight `[N, K]` ≈ q·s: q is float8, s float32 `[N]`, or `[1]` if `dims`, which share it, are both."""
+    maximum = weight.abs().amax(dims, keepdim=True).to(torch.float32)
     scale = maximum.clamp_min(SMALLEST_MAXIMUM) / LARGEST
-    return (values.to(torch.float32) / scale).clamp(-LARGEST, LARGEST).to(DTYPE), scale
+    return (weight.to(torch.float32) / scale).clamp(-LARGEST, LARGEST).to(DTYPE), scale.squeeze(1)
 
 
 def _require_fit(layer: Layer) -> None:

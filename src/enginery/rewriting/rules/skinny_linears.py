@@ -1,6 +1,6 @@
 """linear(x, W, b) = enginery::linear(x, W, b)
 
-The GPU's own linear: kernels for the few rows of decoding.
+The GPU's own linear: kernels for the few rows of decoding, and what `FuseNormLinear` joins with the norm before it.
 """
 
 from __future__ import annotations
