@@ -7,6 +7,9 @@
 Logits have the shape that language models give (Zipf over a random order of the tokens, plus noise). Medians in
 milliseconds. The copy of the logits that each step may write to is not counted. The device is kept busy while a step
 is launched, so that its time is that of its kernels and not of their launches.
+
+`torch.max` and `greatest` are the first part of every kind, by one reduction and as the sampler does it on a device; at
+widths below 32768 both are the same.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
 from enginery.runtime.batch import SamplingInputs
-from enginery.runtime.sampler import Sampler
+from enginery.runtime.draws import Draws
+from enginery.runtime.sampler import Sampler, Sampling
 from record import record
 
 KINDS = {
@@ -42,24 +48,39 @@ def inputs(rows: int, settings: dict[str, float]) -> SamplingInputs:
     return SamplingInputs(rows=None, edits=None, noise=np.random.default_rng(0).random(rows), **columns)
 
 
-def one_step(logits: torch.Tensor, batch: SamplingInputs) -> tuple[float, float]:
+def one_step(logits: torch.Tensor, launch: Callable[[torch.Tensor], object]) -> tuple[float, float]:
     """Milliseconds of the host and of the device."""
     mine = logits.clone()
     if not logits.is_cuda:
         began = time.perf_counter()
-        Sampler().sample(mine, batch).wait()
+        wait_for(launch(mine))
         return ((time.perf_counter() - began) * 1e3,) * 2
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(BUSY_CYCLES)
     start.record()
     began = time.perf_counter()
-    sampling = Sampler().sample(mine, batch)
-    launched = time.perf_counter() - began
+    launched = launch(mine)
+    host = time.perf_counter() - began
     end.record()
-    sampling.wait()
+    wait_for(launched)
     end.synchronize()
-    return launched * 1e3, start.elapsed_time(end)
+    return host * 1e3, start.elapsed_time(end)
+
+
+def wait_for(launched: object) -> None:
+    if isinstance(launched, Sampling):
+        launched.wait()
+
+
+def works(rows: int) -> dict[str, Callable[[torch.Tensor], object]]:
+    """What is measured, from logits, by name."""
+    batches = {name: inputs(rows, settings) for name, settings in KINDS.items()}
+    return {
+        "torch.max": lambda logits: logits.max(dim=1),
+        "greatest": Draws().greatest,
+        **{name: partial(Sampler().sample, inputs=batch) for name, batch in batches.items()},
+    }
 
 
 def main() -> None:
@@ -75,9 +96,8 @@ def main() -> None:
     noise = torch.randn(ranks.shape, generator=generator)
     logits = (-1.5 * (ranks + 1.0).log() + noise).to(options.device)
     results = {}
-    for name, settings in KINDS.items():
-        batch = inputs(options.rows, settings)
-        steps = [one_step(logits, batch) for _ in range(options.steps + 3)][3:]
+    for name, launch in works(options.rows).items():
+        steps = [one_step(logits, launch) for _ in range(options.steps + 3)][3:]
         host, device = (statistics.median(times) for times in zip(*steps, strict=True))
         results[name] = {"host, ms": round(host, 4), "device, ms": round(device, 4)}
     record("sampler", results, write=options.write)

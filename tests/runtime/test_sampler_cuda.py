@@ -58,6 +58,21 @@ def test_the_same_tokens_as_on_a_cpu(setting: dict, vocab_size: int) -> None:
     assert_same(Sampler().sample(logits.cuda(), batch).wait(), expected)
 
 
+@pytest.mark.parametrize("size", [*VOCABULARIES, 128256, 151936])
+def test_the_greatest_can_be_captured_and_is_that_of_one_reduction(size: int) -> None:
+    logits = (torch.randn(16, size) / 50).bfloat16().float().cuda()
+    logits[1, 5::7], logits[2, 3::9], logits[3] = torch.nan, torch.inf, -torch.inf
+    Draws().greatest(logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        best, token_ids = Draws().greatest(logits)
+    logits.copy_(logits.flip(0))
+    graph.replay()
+    expected, columns = logits.max(dim=1)
+    assert torch.equal(token_ids, columns)
+    assert torch.equal(best.nan_to_num(nan=-7), expected.nan_to_num(nan=-7))
+
+
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_a_mixed_batch_is_sampled_without_a_wait(vocab_size: int) -> None:
     logits = torch.randn(24, vocab_size) * 3
