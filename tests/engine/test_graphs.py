@@ -170,6 +170,7 @@ def test_replay_equals_launch_bit_for_bit(on_gpu: tuple[Engine, Decoder]) -> Non
         inputs, _ = batcher.step(list(zip(sequences, counts, strict=True)))
         shape = graphed.buckets.fitting(StepShape.of(inputs))  # type: ignore[union-attr]
         replayed = engine.execute(inputs).clone()
+        assert engine.replayed(inputs) == shape
         launched._buffer.send(inputs, shape)
         again = launched.run(shape)[: len(counts)]  # type: ignore[union-attr]
         assert torch.equal(replayed, again)

@@ -196,6 +196,10 @@ class Engine:
         check_inputs(inputs, self.limits)
         return self._run(inputs)[: len(inputs.logits_indices)]
 
+    def replayed(self, inputs: StepInputs) -> StepShape | None:
+        """The padded shape that a step was replayed in, to be asked after it; None: it was launched as it is."""
+        return self._run.replayed(inputs) if isinstance(self._run, GraphedStep) else None
+
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         if not pairs:
             return

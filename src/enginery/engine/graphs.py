@@ -153,6 +153,11 @@ class GraphedStep:
         captured.graph.replay()
         return captured.logits
 
+    def replayed(self, inputs: StepInputs) -> StepShape | None:
+        """The captured shape that holds the step; None: it is launched, or its shape was not met yet."""
+        shape = self.buckets.fitting(StepShape.of(inputs))
+        return None if shape is None or self._captured.get(shape) is None else shape
+
     def __len__(self) -> int:
         return sum(captured is not None for captured in self._captured.values())
 
