@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --write                               # everything, bfloat16 and float8
     python benchmarks/gpu.py --only decode,mixed --dtype bf16      # some groups; see decoder/protocol.py
-    python benchmarks/gpu.py --profile                             # kernel by kernel, too
+    python benchmarks/gpu.py --profile                             # by kernels, gaps and kinds of steps, too
     python benchmarks/gpu.py --markdown docs/performance.md        # puts the tables of the record into the document
     python benchmarks/gpu.py --device cpu --tiny                   # does it run at all? Seconds, no meaning
 
@@ -64,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", default="", help=f"groups, comma-separated: {','.join(GROUPS)}; default: all but profile and bare"
+        "--only",
+        default="",
+        help=f"groups, comma-separated: {','.join(GROUPS)}; default: all but steps, profile and bare",
     )
-    parser.add_argument("--profile", action="store_true", help="the group profile, too")
+    parser.add_argument("--profile", action="store_true", help="the groups steps and profile, too")
     parser.add_argument("--dtype", choices=[*DTYPES, "both"], default="both")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, tiny sizes and the eager backend")
@@ -132,7 +134,7 @@ def now() -> str:
 def jobs(options: argparse.Namespace, deadline: float) -> Iterator[Job]:
     """One for all groups that share a process, in the order in which they are run."""
     wanted = set(filter(None, options.only.split(","))) or set(GROUPS) - SLOW_GROUPS
-    wanted |= {"profile"} if options.profile else set()
+    wanted |= {"steps", "profile"} if options.profile else set()
     for dtype in DTYPES if options.dtype == "both" else (options.dtype,):
         plans = [
             ("enginery", [group for group in MEASURED_BY_WORKER if group in wanted]),
@@ -233,9 +235,9 @@ def keep(results: dict[str, Any], key: str, line: dict[str, Any]) -> None:
 
 
 def short(value: Any) -> Any:
-    """Without the kernels of a profile, and with four digits."""
+    """Without the kernels and gaps of a profile, and with four digits."""
     if isinstance(value, dict):
-        return {name: short(each) for name, each in value.items() if name not in ("kernels", "when")}
+        return {name: short(each) for name, each in value.items() if name not in ("kernels", "idle", "when")}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

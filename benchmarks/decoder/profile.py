@@ -23,6 +23,9 @@ GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = (
 OTHER = "other"
 LISTED = 40
 """kernels that a record names; the rest is in the groups"""
+LISTED_GAPS = 12
+STEP_BEGIN = "Memcpy HtoD"
+"""what a step does first: its inputs go to the device"""
 
 
 def group_of(name: str) -> str:
@@ -39,6 +42,18 @@ class Kernel:
 
 
 @dataclass
+class Gap:
+    """In which nothing runs, between the end of one kernel and the beginning of another."""
+
+    before: str
+    after: str
+    count: float = 0.0
+    """in one step"""
+    us: float = 0.0
+    """of all of them"""
+
+
+@dataclass
 class Profile:
     """Of one step, in microseconds."""
 
@@ -46,6 +61,10 @@ class Profile:
     """longest first"""
     busy_us: float = 0.0
     """in which at least one kernel ran"""
+    gaps: list[Gap] = field(default_factory=list)
+    """within steps, by the kernels around them, largest sum first"""
+    borders: list[float] = field(default_factory=list)
+    """each gap between two steps"""
 
     def to_json(self, step_us: float) -> dict[str, Any]:
         """`step_us` is a step's time without the profiler; what it has beyond the kernels are gaps."""
@@ -61,7 +80,17 @@ class Profile:
             {"name": k.name[:160], "group": group_of(k.name), "count": k.count, "us": k.us, "share": k.us / step_us}
             for k in self.kernels[:LISTED]
         ]
-        return {"busy, us": self.busy_us, "groups": groups, "kernels": listed}
+        return {"busy, us": self.busy_us, "groups": groups, "kernels": listed, "idle": self._idle()}
+
+    def _idle(self) -> dict[str, Any]:
+        """What the profiler saw; it adds time of its own, so the sum may be more than the gaps of `to_json`."""
+        largest = [
+            {"before": gap.before[:160], "after": gap.after[:160], "count": gap.count, "us": gap.us}
+            for gap in self.gaps[:LISTED_GAPS]
+        ]
+        borders = {"count": len(self.borders), "us each": sum(self.borders) / max(1, len(self.borders))}
+        count, us = sum(gap.count for gap in self.gaps), sum(gap.us for gap in self.gaps)
+        return {"count": count, "us": us, "borders": borders, "largest": largest}
 
 
 def profiled(run: Callable[[], object], steps: int, device: str) -> Profile:
@@ -85,12 +114,27 @@ def profiled(run: Callable[[], object], steps: int, device: str) -> Profile:
 def summarize(spans: Iterable[tuple[str, float, float]], steps: int) -> Profile:
     """From (kernel, begin, end) of `steps` steps to one step."""
     spans = sorted(spans, key=lambda span: span[1])
-    found: dict[str, Kernel] = {}
-    busy, reached = 0.0, float("-inf")
+    kernels: dict[str, Kernel] = {}
+    gaps: dict[tuple[str, str], Gap] = {}
+    borders: list[float] = []
+    busy, reached, last = 0.0, float("-inf"), ""
     for name, begin, end in spans:
-        kernel = found.setdefault(name, Kernel(name))
+        kernel = kernels.setdefault(name, Kernel(name))
         kernel.count += 1 / steps
         kernel.us += (end - begin) / steps
+        if last and begin > reached:
+            if name.startswith(STEP_BEGIN):
+                borders.append(begin - reached)
+            else:
+                gap = gaps.setdefault((last, name), Gap(last, name))
+                gap.count += 1 / steps
+                gap.us += (begin - reached) / steps
         busy += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return Profile(sorted(found.values(), key=lambda kernel: -kernel.us), busy / steps)
+        if end > reached:
+            reached, last = end, name
+    return Profile(
+        sorted(kernels.values(), key=lambda kernel: -kernel.us),
+        busy / steps,
+        sorted(gaps.values(), key=lambda gap: -gap.us),
+        borders,
+    )

@@ -9,6 +9,7 @@ best of two runs counts.
 - start: a fresh process, from the constructor to ready, imports apart, from the built engine in the page cache;
   bare: the same with empty caches of compiled code, as on a machine that has just received the engine.
 - build: from the imported packages to an engine that is written and open; weights are drawn, not read from a disk.
+- steps: the mixed load served twice; of the second time, what each kind of step takes on the device.
 - host: seconds of the session beside the engine in a step of 256 sequences, and the part of a step in which the device
   waits.
 """
@@ -19,13 +20,13 @@ import random
 from dataclasses import dataclass
 
 GROUPS = (
-    "ceilings", "build", "decode", "context", "prefill", "mixed", "host", "profile", "start", "bare", "transformers",
-    "vllm",
+    "ceilings", "build", "decode", "context", "prefill", "mixed", "host", "steps", "profile", "start", "bare",
+    "transformers", "vllm",
 )  # fmt: skip
-SLOW_GROUPS = frozenset({"profile", "bare"})
+SLOW_GROUPS = frozenset({"steps", "profile", "bare"})
 """run only on request"""
 DTYPES = ("bf16", "fp8")
-MEASURED_BY_WORKER = ("build", "ceilings", "decode", "context", "prefill", "host", "mixed", "profile")
+MEASURED_BY_WORKER = ("build", "ceilings", "decode", "context", "prefill", "host", "mixed", "steps", "profile")
 """The groups that share one open engine, in their order."""
 
 FIRST_START, SECOND_START, BARE_START = "start", "start, again", "start, empty caches"
@@ -59,7 +60,7 @@ class Sizes:
     max_num_seqs: int = 256
     max_model_len: int = 8320
     profile_batches: tuple[int, ...] = (1, 32, 256)
-    profile_prefill: int = 1024
+    profile_prefills: tuple[int, ...] = (1024, 8192)
     peer_batches: tuple[int, ...] = (1, 32)
 
     def arms(self, group: str) -> list[Arm]:
@@ -87,13 +88,14 @@ class Sizes:
             decode = [
                 Arm(group, f"profile, decode, batch {batch}", "ms/step", batch, self.decode_length) for batch in batches
             ]
-            return [*decode, Arm(group, f"profile, prefill {self.profile_prefill}", "ms", 1, self.profile_prefill)]
+            prefill = [Arm(group, f"profile, prefill {length}", "ms", 1, length) for length in self.profile_prefills]
+            return [*decode, *prefill]
         if group == "transformers":
             decode = [arm for arm in self.arms("decode") if arm.batch in self.peer_batches]
             return [*decode, *self.arms("mixed")]
         if group == "vllm":
             return [arm for name in ("decode", "context", "prefill", "mixed") for arm in self.arms(name)]
-        units = {"ceilings": "TB/s", "build": "s", "mixed": "output tokens/s", "host": "ms/step"}
+        units = {"ceilings": "TB/s", "build": "s", "mixed": "output tokens/s", "host": "ms/step", "steps": "s"}
         if group in units:
             return [Arm(group, group, units[group], self.decode_batches[-1], self.decode_length)]
         return [Arm(group, name, "s") for name in STARTS[group]]
@@ -124,7 +126,7 @@ TINY_SIZES = Sizes(
     max_num_seqs=4,
     max_model_len=64,
     profile_batches=(1,),
-    profile_prefill=16,
+    profile_prefills=(16, 40),
     peer_batches=(1,),
 )
 """For a processor and a test: everything runs, nothing is worth reading."""

@@ -13,6 +13,7 @@ from decoder.shapes import FULL, LLAMA_8B
 
 BEGIN, END = "<!-- begin: benchmarks/gpu.py --markdown -->", "<!-- end -->"
 DETAILED = ("build", "host", "mixed", "ceilings", OPEN)
+STEP_COUNTS = ("steps", "replayed", "tokens", "padded")
 Record = Mapping[str, Any]
 
 
@@ -113,7 +114,14 @@ def _figure(line: Mapping[str, Any]) -> str:
 def tables(record: Record) -> str:
     """The measured tables of docs/performance.md."""
     return "\n\n".join(
-        [_provenance(record), _limits(record), _main_table(record), "\n".join(_details(record)), *_profiles(record)]
+        [
+            _provenance(record),
+            _limits(record),
+            _main_table(record),
+            "\n".join(_details(record)),
+            *_kinds_of_steps(record),
+            *_profiles(record),
+        ]
     )
 
 
@@ -148,7 +156,7 @@ def _limits(record: Record) -> str:
 
 
 def _main_table(record: Record) -> str:
-    rows = [row for row in figures(record) if not row["arm"].startswith("profile")]
+    rows = [row for row in figures(record) if not row["arm"].startswith(("profile", "steps"))]
     shown = [name for name in COLUMNS if any(row[name] for row in rows)]
     return _markdown(["", *shown], ([f"{row['dtype']}, {row['arm']}", *(row[name] for name in shown)] for row in rows))
 
@@ -169,6 +177,24 @@ def _detail(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _kinds_of_steps(record: Record) -> Iterator[str]:
+    for key, line in record["results"].items():
+        if "kinds" not in line:
+            continue
+        busy, waits = line["device, s"], line["device waits, s"]
+        yield f"### {key}: {line['value']:.2f} s, of which the device works {busy:.2f} s and waits {waits:.2f} s"
+        columns = (*STEP_COUNTS, "engine, ms", "ms/step", "sampling, ms", "waits, ms", "share")
+        yield _markdown(("kind", *columns), (_kind(kind, sums, line["value"]) for kind, sums in line["kinds"].items()))
+
+
+def _kind(kind: str, sums: Mapping[str, float], wall: float) -> tuple[str, ...]:
+    counts = [f"{sums[name]:,.0f}" for name in STEP_COUNTS]
+    times = [sums[name] for name in ("engine, ms", "sampling, ms", "waits, ms")]
+    engine, *rest = (f"{time:,.0f}" for time in times)
+    share = f"{sum(times) / wall / 10:.1f} %"
+    return (kind, *counts, engine, f"{sums['engine, ms/step']:.2f}", *rest, share)
+
+
 def _profiles(record: Record, listed: int = 20) -> Iterator[str]:
     for key, line in record["results"].items():
         if "kernels" not in line:
@@ -182,10 +208,29 @@ def _profiles(record: Record, listed: int = 20) -> Iterator[str]:
         yield _markdown(
             ("kernel", "group", "calls", "µs", "share"),
             (
-                (f"`{k['name'][:80]}`", k["group"], f"{k['count']:.0f}", f"{k['us']:.0f}", f"{100 * k['share']:.1f} %")
+                (_kernel(k["name"]), k["group"], f"{k['count']:.0f}", f"{k['us']:.0f}", f"{100 * k['share']:.1f} %")
                 for k in line["kernels"][:listed]
             ),
         )
+        if "idle" in line:
+            yield from _idle(line["idle"])
+
+
+def _idle(idle: Record) -> Iterator[str]:
+    borders = idle["borders"]
+    between = f"; between steps {borders['us each']:.0f} µs each, {borders['count']} seen" if borders["count"] else ""
+    yield f"Idle under the profiler: {idle['us']:.0f} µs in {idle['count']:.0f} places of a step{between}."
+    yield _markdown(
+        ("idle after", "before", "times", "µs"),
+        (
+            (_kernel(gap["before"]), _kernel(gap["after"]), f"{gap['count']:.0f}", f"{gap['us']:.0f}")
+            for gap in idle["largest"]
+        ),
+    )
+
+
+def _kernel(name: str) -> str:
+    return f"`{name[:80]}`"
 
 
 def _markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -27,6 +27,7 @@ from decoder.runners import (
     greedy,
     shape_of,
 )
+from decoder.steps import recorded, summary
 from enginery.engine.artifact import is_engine
 from enginery.engine.engine import Engine
 
@@ -190,6 +191,7 @@ def _measure(job: Job, runner: Any, arm: Arm) -> Result:
             "prefill": _prefill,
             "ceilings": _ceilings,
             "host": _host,
+            "steps": _steps_of_load,
             "profile": _profile,
         }
         measured = measures[arm.group](job, runner, arm)
@@ -233,13 +235,29 @@ def _prefill(job: Job, runner: Runner, arm: Arm) -> Result:
     return {"value": 1e3 * least, "tokens/s": arm.length * arm.batch / least}
 
 
-def _load(job: Job, runner: Runner, arm: Arm) -> Result:
+def _requests(job: Job) -> tuple[list[list[int]], list[int]]:
+    """Prompts and new tokens of the mixed load."""
     requests = job.sizes.mixed()
-    prompts, counts = prompts_of(job, [length for length, _ in requests]), [count for _, count in requests]
+    return prompts_of(job, [length for length, _ in requests]), [count for _, count in requests]
+
+
+def _load(job: Job, runner: Runner, arm: Arm) -> Result:
+    prompts, counts = _requests(job)
     runner.generate(prompts[:64], [4] * len(prompts[:64]))
     least = best(job, lambda: seconds(runner, prompts, counts))
     total = sum(counts) + sum(map(len, prompts))
     return {"value": sum(counts) / least, "total tokens/s": total / least, "seconds": least}
+
+
+def _steps_of_load(job: Job, runner: Runner, arm: Arm) -> Result:
+    prompts, counts = _requests(job)
+    runner.generate(prompts, counts)  # captures what shapes it meets
+    cuda = job.device == "cuda"
+    with recorded(cuda) as steps:
+        wall = seconds(runner, prompts, counts)
+    if cuda:
+        torch.cuda.synchronize()
+    return {"value": wall, **summary(steps, wall)}
 
 
 def _sampled_load(job: Job, runner: Runner, arm: Arm) -> Result:

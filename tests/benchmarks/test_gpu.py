@@ -16,7 +16,7 @@ from tests.benchmarks.conftest import BENCHMARKS
 import gpu
 from decoder import tables
 from decoder.profile import group_of, summarize
-from decoder.protocol import GROUPS, TARGETS, Sizes
+from decoder.protocol import GROUPS, TARGETS, TINY_SIZES, Sizes
 from decoder.roofline import Ceilings, Roofline, Shape
 from decoder.shapes import FULL, LLAMA_8B
 
@@ -33,7 +33,7 @@ def run(*arguments: str) -> tuple[dict[str, dict[str, Any]], str]:
 
 def test_every_arm_of_the_engine_runs_and_is_kept(tmp_path: Path) -> None:
     record = tmp_path / "gpu.json"
-    groups = "build,decode,context,prefill,mixed,host,profile"
+    groups = "build,decode,context,prefill,mixed,steps,host,profile"
     options = ["--dtype", "bf16", "--only", groups, "--repeats", "1", "--engines", str(tmp_path)]
     results, text = run(*options, "--write", "--record", str(record))
     arms = [
@@ -43,6 +43,7 @@ def test_every_arm_of_the_engine_runs_and_is_kept(tmp_path: Path) -> None:
         "decode, context 40, batch 1",
         "prefill 16 × 2",
         "mixed",
+        "steps",
         "host",
     ]
     for arm in arms:
@@ -53,11 +54,23 @@ def test_every_arm_of_the_engine_runs_and_is_kept(tmp_path: Path) -> None:
     profile = kept["results"]["enginery bf16 profile, decode, batch 1"]
     assert {"linear", "norm, pointwise", "gaps"} <= profile["groups"].keys()
     assert profile["kernels"] == sorted(profile["kernels"], key=lambda kernel: -kernel["us"])
+    assert profile["idle"]["largest"] == sorted(profile["idle"]["largest"], key=lambda gap: -gap["us"])
+    assert profile["idle"]["us"] >= sum(gap["us"] for gap in profile["idle"]["largest"]) > 0
+    steps = kept["results"]["enginery bf16 steps"]
+    assert {"decode ≤ 32", "mixed ≤ 256"} == steps["kinds"].keys()
+    # Every token of the load but the last of each request, which nobody computes further.
+    load = TINY_SIZES.mixed()
+    tokens = sum(length + count - 1 for length, count in load)
+    assert sum(kind["tokens"] for kind in steps["kinds"].values()) == tokens
+    assert 0 < steps["device, s"] < steps["value"]
     assert "bf16 decode, batch 4" in text.splitlines()[-1] + text
     assert "goal" in text
     markdown = tables.tables(kept)
     assert "| bf16, decode, batch 4 | ms/step |" in markdown
     assert "### enginery bf16 profile, prefill 16" in markdown
+    assert "### enginery bf16 profile, prefill 40" in markdown
+    assert "| idle after | before | times | µs |" in markdown
+    assert "| decode ≤ 32 | " in markdown
 
 
 def test_a_run_ends_in_time_and_says_what_it_left_out(tmp_path: Path) -> None:
@@ -147,6 +160,44 @@ def test_a_profile_counts_overlapping_kernels_once() -> None:
     groups = profile.to_json(step_us=20.0)["groups"]
     assert groups["gaps"]["us"] == 8.0
     assert groups["attention"]["share"] == 0.15
+
+
+INPUTS, TOKENS = "Memcpy HtoD (Pinned -> Device)", "Memcpy DtoH (Device -> Pinned)"
+TWO_STEPS = [
+    (INPUTS, 0.0, 2.0), ("product", 5.0, 15.0), ("side", 6.0, 8.0), ("norm", 16.0, 18.0), ("product", 20.0, 30.0),
+    (TOKENS, 30.0, 31.0),
+    (INPUTS, 45.0, 47.0), ("product", 48.0, 60.0), ("side", 52.0, 54.0), ("norm", 61.0, 63.0), ("product", 69.0, 79.0),
+    (TOKENS, 79.0, 80.0),
+]  # fmt: skip
+
+
+def test_idle_time_is_told_by_the_kernels_around_it_and_apart_between_steps() -> None:
+    profile = summarize(reversed(TWO_STEPS), 2)
+    gaps = [(gap.before, gap.after, gap.count, gap.us) for gap in profile.gaps]
+    assert gaps == [("norm", "product", 1.0, 4.0), (INPUTS, "product", 1.0, 2.0), ("product", "norm", 1.0, 1.0)]
+    assert profile.borders == [14.0]
+    idle = profile.to_json(step_us=40.0)["idle"]
+    assert (idle["count"], idle["us"], idle["borders"]) == (3.0, 7.0, {"count": 1, "us each": 14.0})
+    assert idle["largest"][0] == {"before": "norm", "after": "product", "count": 1.0, "us": 4.0}
+    assert profile.busy_us + idle["us"] == pytest.approx((80.0 - 14.0) / 2)
+
+
+def test_the_tables_of_a_profile() -> None:
+    line = {"value": 0.04, "unit": "ms/step", **summarize(TWO_STEPS, 2).to_json(step_us=40.0)}
+    markdown = tables.tables(record_of({"enginery bf16 profile, decode, batch 1": line}))
+    assert markdown.endswith(
+        f"""\
+| `norm` | other | 1 | 2 | 5.0 % |
+| `{TOKENS}` | copies | 1 | 1 | 2.5 % |
+
+Idle under the profiler: 7 µs in 3 places of a step; between steps 14 µs each, 1 seen.
+
+| idle after | before | times | µs |
+| --- | --- | --- | --- |
+| `norm` | `product` | 1 | 4 |
+| `{INPUTS}` | `product` | 1 | 2 |
+| `product` | `norm` | 1 | 1 |"""
+    )
 
 
 @pytest.mark.parametrize(
