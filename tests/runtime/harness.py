@@ -49,6 +49,9 @@ def check_invariants(session: Session) -> None:
     for sequence in scheduler.running:
         assert len(sequence.blocks) * blocks.block_size >= sequence.num_computed
         assert 0 <= sequence.num_computed <= sequence.num_tokens
+        assert sequence.num_writable in (0, len(sequence.blocks) * blocks.block_size)
+        written = sequence.blocks[sequence.num_computed // blocks.block_size :] if sequence.num_writable else ()
+        assert not any(map(blocks.is_shared, written)), "a block that is written to has other readers"
 
 
 def check_idle(session: Session) -> None:

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enginery.engine.protocol import EngineLimits
-from enginery.runtime.batch import Batch, SamplingInputs, places
+from enginery.runtime.batch import Batch, SamplingInputs
 from enginery.runtime.draws import Draws, HostDraws
 from enginery.runtime.intake import Intake
 from enginery.runtime.request import Request, Sequence
 from enginery.runtime.sampler import Sampler, Samples
 from enginery.runtime.sampling_params import SamplingParams
-from enginery.runtime.scheduler import Scheduled
+from enginery.runtime.scheduler import BlockChange, Schedule
 
 VOCABULARY = 12  # small, so that tokens repeat and bad words occur
 LIMITS = EngineLimits(VOCABULARY, 64, 64, 16, 64, 4)
@@ -64,8 +64,9 @@ def sampling_inputs(batch: list[Sequence], sampled: torch.Tensor | None) -> Samp
         sequence.num_computed = sequence.num_tokens - 1
         sequence.token_counts = None
     rows = Batch(LIMITS)
-    _, plan = rows.inputs([Scheduled(sequence, 1, 0, None) for sequence in batch], sampled)
-    return rows.sampling_inputs(plan, None if sampled is None else (sampled, places(batch)))
+    changes = [BlockChange(sequence, 0, None) for sequence in batch]
+    inputs, plan = rows.inputs(Schedule(batch, [1] * len(batch), changes, len(batch)), sampled)
+    return rows.sampling_inputs(inputs, plan)
 
 
 def outcome(sampler: Sampler, logits: torch.Tensor, inputs: SamplingInputs) -> Samples:

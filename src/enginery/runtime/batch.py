@@ -1,5 +1,5 @@
-"""Turns a schedule into the arrays of a step. Rows of running sequences are kept between steps, so a decode step costs
-a few gathers."""
+"""Turns a schedule into the arrays of a step. Block tables and sampling parameters of running sequences are kept between
+steps, so a decode step costs a few gathers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.runtime.edits import EditsBuilder, LogitsEdits
 from enginery.runtime.request import Sequence
 from enginery.runtime.sampling_params import BeamSearchParams
-from enginery.runtime.scheduler import Scheduled
+from enginery.runtime.scheduler import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,9 +40,11 @@ class LogitsPlan:
     """`[R]`, whose next token is sampled; a sequence about to be forked stands once for each completion"""
     rows: np.ndarray
     """`[R]` int64, rows of the logits"""
-    choices: np.ndarray | None
+    choices: np.ndarray | None = None
     """`[R]` int64, the completion's index, where it is not the sequence's own"""
     prompts: list[PromptRows] = field(default_factory=list)
+    forks: bool = False
+    """Some sequence is about to."""
 
 
 @dataclass(slots=True)
@@ -70,17 +72,15 @@ class SamplingInputs:
 
 
 class Batch:
-    """Tokens, block tables and sampling parameters of up to `max_num_seqs` running sequences, one row each.
+    """Block tables and sampling parameters of up to `max_num_seqs` running sequences, one row each.
 
-    Memory: `max_num_seqs` × (`max_model_len` + `max_model_len` / `block_size`) int32, touched only as far as used.
+    Memory: `max_num_seqs` × `max_model_len` / `block_size` int32, touched only as far as used.
     """
 
     def __init__(self, limits: EngineLimits) -> None:
         rows = limits.max_num_seqs
         self._block_size = limits.block_size
-        self._tokens = np.zeros((rows, limits.max_model_len + 1), np.int32)
         self._block_tables = np.zeros((rows, limits.max_model_len // limits.block_size + 2), np.int32)
-        self._owners: list[Sequence | None] = [None] * rows
         self._temperature = np.zeros(rows, np.float32)
         self._top_k = np.zeros(rows, np.int64)
         self._top_p = np.ones(rows, np.float64)
@@ -92,61 +92,51 @@ class Batch:
 
     # ---- inputs of the engine
 
-    def inputs(self, items: list[Scheduled], sampled: Tensor | None = None) -> tuple[StepInputs, LogitsPlan]:
+    def inputs(self, schedule: Schedule, sampled: Tensor | None = None) -> tuple[StepInputs, LogitsPlan]:
         """The step's arrays: T tokens of the scheduled sequences in order, and what its logits are for.
 
         `sampled`: `[P]`, what the last step sampled; sequences with a pending token have their place in it.
         """
-        self._update_rows(items)
-        rows = np.array([item.sequence.row for item in items], np.int64)
-        starts = np.array([item.sequence.num_computed for item in items], np.int64)
-        counts = np.array([item.num_tokens for item in items], np.int64)
-        query_start = np.zeros(len(items) + 1, np.int32)
+        for sequence, first, _ in schedule.changes:
+            self._update_row(sequence, first)
+        sequences = schedule.sequences
+        rows = np.array([sequence.row for sequence in sequences], np.int64)
+        starts = np.array([sequence.num_computed for sequence in sequences], np.int64)
+        counts = np.array(schedule.num_new, np.int64)
+        lengths = starts + counts
+        query_start = np.zeros(len(sequences) + 1, np.int32)
         np.cumsum(counts, out=query_start[1:])
-        num_tokens = int(query_start[-1])
-        if num_tokens == len(items):
+        if schedule.num_tokens == len(sequences):
             token_rows, positions = rows, starts
         else:
             token_rows = np.repeat(rows, counts)
-            positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
-        seq_lens = (starts + counts).astype(np.int32)
-        used_blocks = -(-int(seq_lens.max()) // self._block_size)
+            positions = np.arange(schedule.num_tokens) + np.repeat(starts - query_start[:-1], counts)
+        used_blocks = -(-int(lengths.max()) // self._block_size)
         blocks = self._block_tables[token_rows, positions // self._block_size].astype(np.int64)
-        plan = _plan_logits(items, query_start)
+        plan = _plan_logits(schedule, query_start)
         inputs = StepInputs(
-            token_ids=self._tokens[token_rows, positions].astype(np.int64),
+            token_ids=np.array(_token_ids(schedule), np.int64),
             positions=positions,
             slot_mapping=blocks * self._block_size + positions % self._block_size,
             block_tables=self._block_tables[rows, :used_blocks],
             query_start=query_start,
-            seq_lens=seq_lens,
+            seq_lens=lengths.astype(np.int32),
             logits_indices=plan.indices,
             sampled=sampled,
-            sources=None if sampled is None else _sources(items, query_start),
+            sources=None if sampled is None else _sources(sequences, query_start),
         )
         return inputs, plan
 
-    def append(self, sequence: Sequence, token_id: int) -> None:
-        """A running sequence got its next token, already the last of its `token_ids`."""
-        if sequence.row >= 0 and self._owners[sequence.row] is sequence:
-            self._tokens[sequence.row, len(sequence.token_ids) - 1] = token_id
-
-    def _update_rows(self, items: list[Scheduled]) -> None:
-        for sequence, _, first_changed, _ in items:
-            blocks = sequence.blocks
-            # A sequence that comes back may have grown while it was away, even if its row is the old one.
-            if first_changed == 0 or self._owners[sequence.row] is not sequence:
-                self._bind(sequence)
-                first_changed = 0
-            if first_changed < len(blocks):
-                self._block_tables[sequence.row, first_changed : len(blocks)] = blocks[first_changed:]
+    def _update_row(self, sequence: Sequence, first_changed: int) -> None:
+        if first_changed == 0:
+            self._bind(sequence)
+        blocks = sequence.blocks
+        self._block_tables[sequence.row, first_changed : len(blocks)] = blocks[first_changed:]
 
     def _bind(self, sequence: Sequence) -> None:
         row = sequence.row
         request = sequence.request
         params = request.params
-        self._owners[row] = sequence
-        self._tokens[row, : len(sequence.token_ids)] = sequence.token_ids
         self._choice[row] = sequence.index
         self._seed[row] = request.seed
         if isinstance(params, BeamSearchParams):
@@ -163,86 +153,92 @@ class Batch:
 
     # ---- inputs of the sampler
 
-    def sampling_inputs(self, plan: LogitsPlan, pending: tuple[Tensor, np.ndarray] | None = None) -> SamplingInputs:
-        """`pending`: see `SamplingInputs`; sequences with `num_pending` = 1 have their place in it."""
+    def sampling_inputs(self, inputs: StepInputs, plan: LogitsPlan) -> SamplingInputs:
         rows = np.array([sequence.row for sequence in plan.sequences], np.int64)
-        lengths = np.array([len(seq.token_ids) + seq.num_pending for seq in plan.sequences], np.uint64)
-        temperature = self._temperature[rows]
+        newest = plan.indices[plan.rows]
+        choices = self._choice[rows] if plan.choices is None else plan.choices
         edits = EditsBuilder()
         for entry in np.flatnonzero(self._has_edits[rows]).tolist():
             edits.add(entry, plan.sequences[entry])
         is_identity = not plan.prompts and len(plan.rows) == len(plan.indices)
         return SamplingInputs(
             rows=None if is_identity else plan.rows,
-            temperature=temperature,
+            temperature=self._temperature[rows],
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
-            noise=uniform_noise(
-                self._seed[rows], self._choice[rows] if plan.choices is None else plan.choices, lengths
-            ),
+            noise=uniform_noise(self._seed[rows], choices, inputs.positions[newest] + 1),
             num_logprobs=self._num_logprobs[rows],
             edits=edits.build(),
-            pending=pending,
+            pending=None if inputs.sampled is None else (inputs.sampled, inputs.sources[newest]),
         )
 
 
-def _sources(items: list[Scheduled], query_start: np.ndarray) -> np.ndarray:
-    """`[T]` int64: a pending token, always the last of its sequence, by its place among the samples; else -1."""
+def _token_ids(schedule: Schedule) -> list[int]:
+    """`[T]`; 0 for a pending one."""
+    token_ids: list[int] = []
+    for sequence, num_new in zip(schedule.sequences, schedule.num_new, strict=True):
+        if sequence.num_pending:
+            token_ids.append(0)
+        else:
+            start = sequence.num_computed
+            token_ids += sequence.token_ids[start : start + num_new]
+    return token_ids
+
+
+def _sources(sequences: list[Sequence], query_start: np.ndarray) -> np.ndarray:
+    """`[T]` int64: a pending token, always the last of its sequence, by its place among the samples of the last step;
+    -1: the host knows it."""
     sources = np.full(query_start[-1], -1, np.int64)
-    sources[query_start[1:] - 1] = places([item.sequence for item in items])
+    sources[query_start[1:] - 1] = [sequence.place if sequence.num_pending else -1 for sequence in sequences]
     return sources
 
 
-def places(sequences: list[Sequence]) -> np.ndarray:
-    """`[R]` int64: of pending tokens among the samples of the last step; -1: the host knows the sequence's newest."""
-    return np.array([sequence.place if sequence.num_pending else -1 for sequence in sequences], np.int64)
-
-
-def _plan_logits(items: list[Scheduled], query_start: np.ndarray) -> LogitsPlan:
+def _plan_logits(schedule: Schedule, query_start: np.ndarray) -> LogitsPlan:
     """Logits of the last known token of each sequence, and of whole prompts where their logprobs are wanted."""
+    sequences = schedule.sequences
     ends = query_start[1:].astype(np.int64)
-    special = [i for i, item in enumerate(items) if _is_special(item)]
-    if not special:
-        return LogitsPlan(ends - 1, [item.sequence for item in items], np.arange(len(items)), None)
-    plan = LogitsPlan(ends, [], ends, None)
+    if not any(map(_is_special, sequences, schedule.num_new)):
+        return LogitsPlan(ends - 1, sequences, np.arange(len(sequences)))
     indices: list[int] = []
-    rows: list[int] = []
-    choices: list[int] = []
-    for item, first, end in zip(items, query_start.tolist(), ends.tolist(), strict=False):
-        sequence = item.sequence
+    samples: list[tuple[Sequence, int, int]] = []  # with the row of its logits and its choice
+    prompts: list[PromptRows] = []
+    for sequence, first, end in zip(sequences, query_start.tolist(), ends.tolist(), strict=False):
         request = sequence.request
-        is_complete = sequence.num_computed + item.num_tokens == sequence.num_tokens
+        is_complete = sequence.num_computed + end - first == sequence.num_tokens
         if request.wants_prompt_logprobs and sequence.is_prefilling:
-            plan.prompts.append(PromptRows(sequence, len(indices), sequence.num_computed, item.num_tokens))
+            prompts.append(PromptRows(sequence, len(indices), sequence.num_computed, end - first))
             indices.extend(range(first, end))
         elif is_complete:
             indices.append(end - 1)
         if is_complete:
-            copies = range(request.num_choices) if sequence.is_prefilling else (sequence.index,)
-            plan.sequences.extend([sequence] * len(copies))
-            rows.extend([len(indices) - 1] * len(copies))
-            choices.extend(copies)
-    plan.indices = np.array(indices, np.int64)
-    plan.rows = np.array(rows, np.int64)
-    plan.choices = np.array(choices, np.int64)
-    return plan
+            choices = range(request.num_choices) if sequence.is_prefilling else (sequence.index,)
+            samples.extend((sequence, len(indices) - 1, choice) for choice in choices)
+    return LogitsPlan(
+        indices=np.array(indices, np.int64),
+        sequences=[sequence for sequence, _, _ in samples],
+        rows=np.array([row for _, row, _ in samples], np.int64),
+        choices=np.array([choice for _, _, choice in samples], np.int64),
+        prompts=prompts,
+        forks=any(sequence.is_prefilling and sequence.request.num_choices > 1 for sequence, _, _ in samples),
+    )
 
 
-def _is_special(item: Scheduled) -> bool:
+def _is_special(sequence: Sequence, num_new: int) -> bool:
     """Whether a sequence gives other logits than one row for itself: an unfinished prompt, a fork, prompt logprobs."""
-    sequence = item.sequence
-    if sequence.num_computed + item.num_tokens < len(sequence.token_ids) + sequence.num_pending:
+    if sequence.num_pending:
+        return False
+    if sequence.num_computed + num_new < len(sequence.token_ids):
         return True
     request = sequence.request
-    return sequence.is_prefilling and (request.num_choices > 1 or request.wants_prompt_logprobs)
+    return not request.is_prefilled and (request.num_choices > 1 or request.wants_prompt_logprobs)
 
 
 def uniform_noise(seeds: np.ndarray, choices: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Uniform in [0, 1), a function of (seed, choice, position) alone: SplitMix64's finaliser over a chain of the
     three."""
     with np.errstate(over="ignore"):
-        state = _mix(_mix(_mix(seeds) + choices.astype(np.uint64)) + positions)
+        state = _mix(_mix(_mix(seeds) + choices.astype(np.uint64)) + positions.astype(np.uint64))
     return (state >> _UNTIL_53_BITS).astype(np.float64) * 2.0**-53
 
 

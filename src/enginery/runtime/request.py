@@ -67,11 +67,6 @@ class Request:
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 
-    @property
-    def max_length(self) -> int:
-        """Tokens that a sequence has when it must end, prompt and output."""
-        return len(self.prompt_token_ids) + self.max_tokens
-
     def next_index(self) -> int:
         """A new index for a beam; beams are forked and dropped many times."""
         self.num_beams_made += 1
@@ -96,8 +91,10 @@ class Sequence:
         "finish_reason",
         "index",
         "logprobs",
+        "max_length",
         "num_computed",
         "num_pending",
+        "num_writable",
         "order",
         "place",
         "request",
@@ -115,6 +112,8 @@ class Sequence:
         """Scheduling order; smaller is served first and preempted last."""
         self.token_ids = token_ids
         """Prompt and output."""
+        self.max_length = request.num_prompt_tokens + request.max_tokens
+        """Tokens that it has when it must end."""
         self.num_computed = 0
         """Leading tokens whose keys and values are in the cache."""
         self.num_pending = 0
@@ -122,6 +121,9 @@ class Sequence:
         self.place = -1
         """Of the pending token among the samples of the last step."""
         self.blocks: list[int] = []
+        self.num_writable = 0
+        """Tokens for which it has blocks that nobody else writes to; 0: its blocks have yet to be looked at, and its row
+        of the batch to be filled."""
         self.digests: list[bytes] = []
         """Prefix-cache digests of the leading full blocks that were published or hit."""
         self.row = -1
@@ -134,6 +136,20 @@ class Sequence:
         self.logprobs: list[PositionLogprobs] | None = None
         self.token_counts: TokenCounts | None = None
         """Kept where penalties need it."""
+
+    def append(self, token_id: int) -> None:
+        """Its next token, pending until now, which may end it."""
+        token_ids = self.token_ids
+        token_ids.append(token_id)
+        self.num_pending = 0
+        if self.token_counts is not None:
+            self.token_counts.add(token_id)
+        request = self.request
+        if token_id in request.stop_token_ids:
+            self.finish_reason = "stop"
+            self.stop_reason = token_id if token_id in request.params.stop_token_ids else None
+        elif len(token_ids) >= self.max_length:
+            self.finish_reason = "length"
 
     @property
     def num_tokens(self) -> int:

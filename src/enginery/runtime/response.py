@@ -11,37 +11,30 @@ from enginery.runtime.stop_strings import OutputText, StopStrings
 
 
 class Completion:
-    """One sequence as the caller sees it. Without a tokenizer it has no text."""
+    """One sequence as the caller sees it. Without a tokenizer it has no text; with one, the text is decoded at the end
+    or, if it is followed, token by token."""
 
-    __slots__ = ("_decoder", "_num_taken", "_params", "_sequence", "_text", "_tokenizer", "is_new")
+    __slots__ = ("_decoder", "_num_taken", "_params", "_sequence", "_text", "_tokenizer", "_was_finished")
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
+    def __init__(
+        self, sequence: Sequence, tokenizer: Tokenizer | None, params: SamplingParams, follows_text: bool
+    ) -> None:
         self._sequence = sequence
         self._params = params
         self._tokenizer = tokenizer if params.detokenize else None
         self._num_taken = 0
-        self.is_new = False
-        """Whether something happened since the last output."""
+        self._was_finished = False
         self._text: OutputText | None = None
         self._decoder: Detokenizer | None = None
-        is_text_needed = params.stop or params.output_kind is not RequestOutputKind.FINAL_ONLY
-        if self._tokenizer is not None and is_text_needed:
+        if self._tokenizer is not None and follows_text:
             self._text = OutputText(StopStrings(params.stop), params.include_stop_str_in_output)
             self._decoder = Detokenizer(self._tokenizer, params.skip_special_tokens)
 
-    def accept(self, token_id: int) -> None:
-        """The sequence got this token (already its last): extends the text and decides whether the completion ends."""
+    @property
+    def is_new(self) -> bool:
+        """Whether something happened since the last output."""
         sequence = self._sequence
-        request = sequence.request
-        self.is_new = True
-        num_output = len(sequence.token_ids) - len(request.prompt_token_ids)
-        if token_id in request.stop_token_ids:
-            sequence.finish_reason = "stop"
-            sequence.stop_reason = token_id if token_id in request.params.stop_token_ids else None
-        elif num_output >= request.max_tokens:
-            sequence.finish_reason = "length"
-        if self._decoder is not None and self._text is not None:
-            self._extend_text(self._text, self._decoder, token_id, num_output)
+        return sequence.num_output_tokens > self._num_taken or self._was_finished != (sequence.finish_reason is not None)
 
     def output(self, kind: RequestOutputKind) -> CompletionOutput:
         sequence = self._sequence
@@ -50,7 +43,7 @@ class Completion:
         if is_delta:
             start += self._num_taken
             self._num_taken = len(sequence.token_ids) - first
-        self.is_new = False
+            self._was_finished = sequence.finish_reason is not None
         logprobs = sequence.logprobs
         return CompletionOutput(
             sequence.index,
@@ -65,19 +58,22 @@ class Completion:
 
     def close(self) -> None:
         """The completion ends without another token (cancelled or failed): what is held back is shown."""
-        self.is_new = True
         if self._decoder is not None and self._text is not None and not self._text.is_final:
             self._text.add(self._decoder.flush(), may_stop=False)
             self._text.is_final = True
 
-    def _extend_text(self, text: OutputText, decoder: Detokenizer, token_id: int, num_output: int) -> None:
+    def extend_text(self, token_id: int) -> None:
+        """The sequence got this token (already its last): its text may end it, too."""
+        text, decoder = self._text, self._decoder
+        if text is None or decoder is None:
+            return
         sequence = self._sequence
         params = self._params
         ends_by_token = sequence.finish_reason == "stop"
         new = "" if ends_by_token and not params.include_stop_str_in_output else decoder.push(token_id)
         if sequence.finish_reason is not None:
             new += decoder.flush()
-        stop = text.add(new, may_stop=num_output > params.min_tokens)
+        stop = text.add(new, may_stop=sequence.num_output_tokens > params.min_tokens)
         if stop is not None and not ends_by_token:
             sequence.finish_reason, sequence.stop_reason = "stop", stop
         text.is_final = sequence.finish_reason is not None
@@ -104,13 +100,20 @@ class Response:
         self.search: BeamSearch | None = None
         self._tokenizer = tokenizer
         self._completions: list[Completion] = []
-        if isinstance(request.params, BeamSearchParams):
-            self.search = BeamSearch(request, request.params)
+        self.is_streamed = False
+        """There is an output after every step, not only at the end."""
+        self.follows_text = False
+        """Text is decoded token by token: it is streamed, or may hold a stop string."""
+        params = request.params
+        if isinstance(params, BeamSearchParams):
+            self.search = BeamSearch(request, params)
         else:
-            self._params = request.params
+            self._params = params
+            self.is_streamed = params.output_kind is not RequestOutputKind.FINAL_ONLY
+            self.follows_text = tokenizer is not None and params.detokenize and bool(self.is_streamed or params.stop)
 
-    def accept(self, sequence: Sequence, token_id: int) -> None:
-        self._completion(sequence).accept(token_id)
+    def extend_text(self, sequence: Sequence, token_id: int) -> None:
+        self._completion(sequence).extend_text(token_id)
 
     def close(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """Ends a sequence for another cause than its tokens."""
@@ -140,16 +143,17 @@ class Response:
         completions = self._completions
         while len(completions) <= sequence.index:
             following = self.request.sequences[len(completions)]
-            completions.append(Completion(following, self._tokenizer, self._params))
+            completions.append(Completion(following, self._tokenizer, self._params, self.follows_text))
         return completions[sequence.index]
 
     def _sampled(self, finished: bool) -> list[CompletionOutput]:
-        kind = self._params.output_kind
-        if kind is RequestOutputKind.FINAL_ONLY and not finished:
+        if not (finished or self.is_streamed):
             return []
+        kind = self._params.output_kind
+        completions = [self._completion(sequence) for sequence in self.request.sequences]
         if kind is RequestOutputKind.DELTA:
-            return [completion.output(kind) for completion in self._completions if completion.is_new]
-        return [completion.output(kind) for completion in self._completions]
+            return [completion.output(kind) for completion in completions if completion.is_new]
+        return [completion.output(kind) for completion in completions]
 
     def _beams(self, finished: bool) -> list[CompletionOutput]:
         if not finished or self.search is None:

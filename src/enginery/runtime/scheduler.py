@@ -27,27 +27,39 @@ from enginery.runtime.request import Sequence, Status
 _ORDER = attrgetter("order")
 
 
-class Scheduled(NamedTuple):
-    """One sequence's share of a step."""
+class BlockChange(NamedTuple):
+    """What a step changes in the block table of one sequence."""
 
     sequence: Sequence
-    num_tokens: int
-    first_changed_block: int
-    """Blocks from here on are new in the sequence's table."""
+    first: int
+    """Blocks from here on are new in the table; 0: so is the sequence in its row."""
     copy: tuple[int, int] | None
     """KV block to copy before the step, (source, destination)."""
 
 
 @dataclass(slots=True)
 class Schedule:
-    """The work of one step."""
+    """The work of one step. Lists side by side: most sequences of most steps compute one token and change nothing."""
 
-    items: list[Scheduled] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+    num_new: list[int] = field(default_factory=list)
+    """Tokens that each of them computes."""
+    changes: list[BlockChange] = field(default_factory=list)
     num_tokens: int = 0
+    num_prompt_logits: int = 0
+    """Rows of logits for prompt_logprobs."""
 
-    @property
-    def copies(self) -> list[tuple[int, int]]:
-        return [item.copy for item in self.items if item.copy is not None]
+    def add(self, sequence: Sequence, num_new: int) -> None:
+        self.sequences.append(sequence)
+        self.num_new.append(num_new)
+        self.num_tokens += num_new
+
+    def each(self) -> list[Schedule]:
+        """The share of each sequence, to be run by itself."""
+        return [
+            Schedule([sequence], [num_new], [change for change in self.changes if change.sequence is sequence], num_new)
+            for sequence, num_new in zip(self.sequences, self.num_new, strict=True)
+        ]
 
 
 class Scheduler:
@@ -72,68 +84,62 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Chooses tokens, takes their blocks, and preempts or admits sequences to do so."""
         schedule = Schedule()
-        preempted = self._schedule_running(schedule)
-        if not preempted:
+        before = self.num_preemptions
+        self._schedule_running(schedule)
+        if self.num_preemptions == before:
             self._admit(schedule)
-        if not schedule.items and self.waiting and not any(sequence.num_pending for sequence in self.running):
+        if not schedule.sequences and self.waiting and not any(sequence.num_pending for sequence in self.running):
             self._make_room_for_head()
             self._admit(schedule)
         return schedule
 
-    def advance(self, items: list[Scheduled]) -> None:
-        """They have been launched: whatever is launched later finds their tokens computed."""
-        for sequence, num_tokens, _, _ in items:
-            sequence.num_computed += num_tokens
+    def advance(self, schedule: Schedule) -> None:
+        """It has been launched: whatever is launched later finds its tokens computed."""
+        for sequence, num_new in zip(schedule.sequences, schedule.num_new, strict=True):
+            sequence.num_computed += num_new
 
     def publish(self, schedule: Schedule) -> None:
         """The step was launched: its blocks that are full of known tokens become findable."""
         if not self.cache.enabled:
             return
         size = self.limits.block_size
-        for sequence, _, _, _ in schedule.items:
-            if sequence.status is Status.RUNNING and sequence.num_computed // size > len(sequence.digests):
+        running = Status.RUNNING
+        for sequence in schedule.sequences:
+            if sequence.num_computed >= (len(sequence.digests) + 1) * size and sequence.status is running:
                 self._publish(sequence)
 
-    def _schedule_running(self, schedule: Schedule) -> bool:
-        """Running sequences in order, each at least one token while the budget lasts. Says whether any was
-        preempted."""
-        budget = self.limits.max_num_tokens
-        prompt_logits = self._max_prompt_logits
-        before = self.num_preemptions
-        index = 0
-        while index < len(self.running) and budget > 0:
-            sequence = self.running[index]
-            index += 1
+    def _schedule_running(self, schedule: Schedule) -> None:
+        """Running sequences in order, each at least one token while the budget lasts."""
+        most = self.limits.max_num_tokens
+        for index, sequence in enumerate(self.running, 1):  # which loses its last ones where memory runs out
             num_tokens = len(sequence.token_ids) + sequence.num_pending - sequence.num_computed
-            if sequence.num_pending and sequence.num_tokens >= sequence.request.max_length:
-                continue  # the pending token is its last
             if num_tokens > 1:
                 # Leave every later sequence its next token, so that a long prompt does not stall those that stream.
-                num_tokens = max(1, min(num_tokens, budget - (len(self.running) - index)))
-                num_tokens = self._within_prompt_logits(sequence, num_tokens, prompt_logits)
-                prompt_logits -= self._prompt_logits(sequence, num_tokens)
+                budget = most - schedule.num_tokens - (len(self.running) - index)
+                num_tokens = self._within_prompt_logits(schedule, sequence, max(1, min(num_tokens, budget)))
             if num_tokens <= 0:
                 continue
-            item = self._take_blocks(sequence, num_tokens)
-            if item is not None:
-                schedule.items.append(item)
-                budget -= num_tokens
-        schedule.num_tokens = self.limits.max_num_tokens - budget
-        return self.num_preemptions > before
+            if sequence.num_pending and len(sequence.token_ids) + 1 >= sequence.max_length:
+                continue  # the pending token is its last
+            if sequence.num_computed + num_tokens <= sequence.num_writable or self._take_blocks(
+                schedule, sequence, num_tokens
+            ):
+                schedule.add(sequence, num_tokens)
+                if schedule.num_tokens >= most:
+                    break
 
     def _admit(self, schedule: Schedule) -> None:
         """Waiting sequences in order, until the first that does not fit."""
-        prompt_logits = self._max_prompt_logits - sum(self._prompt_logits(s, n) for s, n, _, _ in schedule.items)
         while self.waiting and schedule.num_tokens < self.limits.max_num_tokens:
             sequence = self.waiting[0]
             if sequence.num_pending or not self._has_rows_for(sequence):
                 return
-            if schedule.items and sequence is self._blocked and self.blocks.num_free <= self._blocked_at:
+            if schedule.sequences and sequence is self._blocked and self.blocks.num_free <= self._blocked_at:
                 return
             hits, digests = self._find_prefix(sequence)
             # A running sequence may need a block soon: keep one for each, or admission would preempt itself in the
             # next steps.
-            reserve = len(self.running) if schedule.items else 0
+            reserve = len(self.running) if schedule.sequences else 0
             revived = sum(self.blocks.reference_counts[block] == 0 for block in hits)
             needed = self.blocks.blocks_for(sequence.num_tokens) - len(hits) + revived
             if needed + reserve > self.blocks.num_free:
@@ -141,16 +147,13 @@ class Scheduler:
                 return
             computed = len(hits) * self.limits.block_size
             num_tokens = min(sequence.num_tokens - computed, self.limits.max_num_tokens - schedule.num_tokens)
-            num_tokens = self._within_prompt_logits(sequence, num_tokens, prompt_logits)
+            num_tokens = self._within_prompt_logits(schedule, sequence, num_tokens)
             if num_tokens <= 0:
                 return
             self._start(sequence, hits, digests)
-            prompt_logits -= self._prompt_logits(sequence, num_tokens)
-            item = self._take_blocks(sequence, num_tokens)
-            if item is None:
+            if not self._take_blocks(schedule, sequence, num_tokens):
                 return
-            schedule.items.append(item._replace(first_changed_block=0))
-            schedule.num_tokens += num_tokens
+            schedule.add(sequence, num_tokens)
 
     def _make_room_for_head(self) -> None:
         """Nothing can run but parked beams hold memory: they yield it, last first, to the head of the queue."""
@@ -172,29 +175,28 @@ class Scheduler:
 
     # ---- memory
 
-    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> Scheduled | None:
-        """Gives a sequence the blocks of its next tokens; None if that cost the sequence itself its place."""
+    def _take_blocks(self, schedule: Schedule, sequence: Sequence, num_tokens: int) -> bool:
+        """Gives a sequence the blocks of its next tokens; False if that cost the sequence itself its place."""
         size = self.limits.block_size
         blocks = sequence.blocks
         start = sequence.num_computed
         end = start + num_tokens
-        if end <= len(blocks) * size and (start % size == 0 or not self.blocks.is_shared(blocks[start // size])):
-            return Scheduled(sequence, num_tokens, len(blocks), None)
         while self._missing_blocks(sequence, start, end) > self.blocks.num_free:
             victim = self.running[-1]
             self.preempt(victim)
             if victim is sequence:
-                return None
-        changed = len(blocks)
+                return False
+        first = len(blocks) if sequence.num_writable else 0
         copy = None
         if start % size and self.blocks.is_shared(blocks[start // size]):
-            changed = start // size
-            copy = (blocks[changed], self.blocks.allocate())
+            copy = (blocks[start // size], self.blocks.allocate())
             self.blocks.free((copy[0],))
-            blocks[changed] = copy[1]
+            blocks[start // size] = copy[1]
         while len(blocks) * size < end:
             blocks.append(self.blocks.allocate())
-        return Scheduled(sequence, num_tokens, changed, copy)
+        sequence.num_writable = len(blocks) * size
+        schedule.changes.append(BlockChange(sequence, first, copy))
+        return True
 
     def _missing_blocks(self, sequence: Sequence, start: int, end: int) -> int:
         size = self.limits.block_size
@@ -216,13 +218,12 @@ class Scheduler:
             tokens = sequence.token_ids[index * size : (index + 1) * size]
             digests.append(self.cache.publish(parent, tokens, sequence.blocks[index]))
 
-    def _prompt_logits(self, sequence: Sequence, num_tokens: int) -> int:
-        """Rows of logits that prompt_logprobs asks of these tokens."""
-        request = sequence.request
-        return num_tokens if request.wants_prompt_logprobs and sequence.is_prefilling else 0
-
-    def _within_prompt_logits(self, sequence: Sequence, num_tokens: int, rows: int) -> int:
-        return min(num_tokens, rows) if self._prompt_logits(sequence, num_tokens) else num_tokens
+    def _within_prompt_logits(self, schedule: Schedule, sequence: Sequence, num_tokens: int) -> int:
+        """As many of these tokens as the step has rows of logits for, where prompt_logprobs asks for them."""
+        if sequence.request.wants_prompt_logprobs and sequence.is_prefilling:
+            num_tokens = min(num_tokens, self._max_prompt_logits - schedule.num_prompt_logits)
+            schedule.num_prompt_logits += num_tokens
+        return num_tokens
 
     # ---- the life of a sequence
 
@@ -245,6 +246,7 @@ class Scheduler:
     def _run(self, sequence: Sequence) -> None:
         sequence.status = Status.RUNNING
         sequence.row = self._free_rows.pop()
+        sequence.num_writable = 0
         insort(self.running, sequence, key=_ORDER)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
@@ -260,6 +262,7 @@ class Scheduler:
         child.blocks = list(parent.blocks)
         child.digests = list(parent.digests)
         child.num_computed = parent.num_computed
+        parent.num_writable = 0
         self._run(child)
 
     def preempt(self, sequence: Sequence) -> None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from enginery.engine.protocol import Engine
+from enginery.engine.protocol import Engine, StepInputs
 from enginery.errors import DeviceError, QueueFullError, RequestError, UsageError
-from enginery.runtime.batch import Batch, LogitsPlan, PromptRows, places
+from enginery.runtime.batch import Batch, LogitsPlan, PromptRows
 from enginery.runtime.detokenizer import Tokenizer
 from enginery.runtime.intake import Intake
 from enginery.runtime.logprobs import PendingLogprobs, top_logprobs
@@ -26,7 +26,7 @@ from enginery.runtime.outputs import RequestOutput
 from enginery.runtime.request import Request, Sequence, Status
 from enginery.runtime.sampler import Sampler, Sampling
 from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams
-from enginery.runtime.scheduler import Schedule, Scheduled, Scheduler
+from enginery.runtime.scheduler import Schedule, Scheduler
 from enginery.runtime.settler import Ran, Settler
 from enginery.runtime.stats import SessionStats, collect
 
@@ -59,7 +59,7 @@ class SessionConfig:
 class Run:
     """The engine at work on some sequences: launched and sampled, its outcome not yet on the host."""
 
-    items: list[Scheduled]
+    schedule: Schedule
     plan: LogitsPlan
     sampling: Sampling | None
     prompts: list[tuple[PromptRows, PendingLogprobs]]
@@ -67,7 +67,7 @@ class Run:
     def wait(self) -> Ran:
         """Blocks until the outcome is there."""
         samples = None if self.sampling is None else self.sampling.wait()
-        return Ran(self.items, self.plan, samples, [(rows, logprobs.wait()) for rows, logprobs in self.prompts])
+        return Ran(self.schedule, self.plan, samples, [(rows, logprobs.wait()) for rows, logprobs in self.prompts])
 
 
 @dataclass(slots=True)
@@ -94,12 +94,6 @@ class Flight:
                 sequence.num_pending, sequence.place = 1, place
 
 
-def _decides(sequence: Sequence) -> bool:
-    """The sequence's next token decides which sequences there are."""
-    request = sequence.request
-    return isinstance(request.params, BeamSearchParams) or (sequence.is_prefilling and request.num_choices > 1)
-
-
 class Session:
     """Serves requests on one engine. Not thread-safe: one thread adds, steps and cancels.
 
@@ -118,7 +112,7 @@ class Session:
         self._batch = Batch(limits)
         self._sampler = Sampler()
         self._stats = SessionStats()
-        self._settler = Settler(self.scheduler, self._batch, tokenizer, self._stats)
+        self._settler = Settler(self.scheduler, tokenizer, self._stats)
         self._requests: dict[str, Request] = {}
         self._seed = self.config.seed if self.config.seed is not None else int.from_bytes(os.urandom(8))
         self._overlaps = engine.is_asynchronous if self.config.overlap is None else self.config.overlap
@@ -265,15 +259,16 @@ class Session:
 
     def _launch(self, schedule: Schedule, before: Flight | None) -> Flight | None:
         """Sends a step on its way, behind `before`, whose tokens may still be pending; None if that fails."""
-        if not schedule.items:
+        if not schedule.sequences:
             return Flight(schedule, [], is_foreseeable=True)
         try:
-            run = self._run(schedule.items, None if before is None else before.sampled)
+            run = self._run(schedule, None if before is None else before.sampled)
         except DeviceError:
             raise
         except Exception:
             return None
-        return Flight(schedule, [run], is_foreseeable=not any(map(_decides, run.plan.sequences)))
+        moves_beams = any(sequence.request.num_beam_candidates for sequence in run.plan.sequences)
+        return Flight(schedule, [run], is_foreseeable=not (run.plan.forks or moves_beams))
 
     def _launch_each(self, schedule: Schedule) -> Flight:
         """Runs a step that failed again, each sequence by itself, so that only those which cannot run fail.
@@ -281,41 +276,38 @@ class Session:
         Running again is safe: a step writes the same values to the same slots. No token is pending.
         """
         runs: list[Run | Ran] = []
-        for item in schedule.items:
-            if item.sequence.status is Status.RUNNING:
+        for alone in schedule.each():
+            if alone.sequences[0].status is Status.RUNNING:
                 try:
-                    runs.append(self._run([item], None))
+                    runs.append(self._run(alone, None))
                 except DeviceError:
                     raise
                 except Exception as error:
-                    runs.append(Ran([item], error=error))
+                    runs.append(Ran(alone, error=error))
         return Flight(schedule, runs, is_foreseeable=False)
 
-    def _run(self, items: list[Scheduled], sampled: torch.Tensor | None) -> Run:
+    def _run(self, schedule: Schedule, sampled: torch.Tensor | None) -> Run:
         began = time.perf_counter()
-        copies = [item.copy for item in items if item.copy is not None]
-        inputs, plan = self._batch.inputs(items, sampled)
+        copies = [change.copy for change in schedule.changes if change.copy is not None]
+        inputs, plan = self._batch.inputs(schedule, sampled)
         ready = time.perf_counter()
         if copies:
             self.engine.copy_blocks(copies)
         logits = self.engine.execute(inputs)
         ran = time.perf_counter()
-        run = self._sample(items, plan, logits, sampled)
-        self.scheduler.advance(items)
+        run = self._sample(schedule, inputs, plan, logits)
+        self.scheduler.advance(schedule)
         self._stats.batch_seconds += ready - began
         self._stats.engine_seconds += ran - ready
         self._stats.sample_seconds += time.perf_counter() - ran
         return run
 
-    def _sample(
-        self, items: list[Scheduled], plan: LogitsPlan, logits: torch.Tensor, sampled: torch.Tensor | None
-    ) -> Run:
+    def _sample(self, schedule: Schedule, inputs: StepInputs, plan: LogitsPlan, logits: torch.Tensor) -> Run:
         prompts = [(rows, self._prompt_logprobs(rows, logits)) for rows in plan.prompts]
         sampling = None
         if plan.sequences:
-            pending = None if sampled is None else (sampled, places(plan.sequences))
-            sampling = self._sampler.sample(logits, self._batch.sampling_inputs(plan, pending))
-        return Run(items, plan, sampling, prompts)
+            sampling = self._sampler.sample(logits, self._batch.sampling_inputs(inputs, plan))
+        return Run(schedule, plan, sampling, prompts)
 
     def _prompt_logprobs(self, rows: PromptRows, logits: torch.Tensor) -> PendingLogprobs:
         request = rows.sequence.request

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from enginery.runtime.batch import Batch, LogitsPlan, PromptRows
+from enginery.runtime.batch import LogitsPlan, PromptRows
 from enginery.runtime.beam_search import Continuation
 from enginery.runtime.detokenizer import Tokenizer
 from enginery.runtime.logprobs import TopLogprobs
@@ -15,7 +15,7 @@ from enginery.runtime.request import Request, Sequence, Status
 from enginery.runtime.response import Response
 from enginery.runtime.sampler import Samples
 from enginery.runtime.sampling_params import SamplingParams
-from enginery.runtime.scheduler import Schedule, Scheduled, Scheduler
+from enginery.runtime.scheduler import Schedule, Scheduler
 from enginery.runtime.stats import SessionStats
 
 
@@ -23,7 +23,7 @@ from enginery.runtime.stats import SessionStats
 class Ran:
     """The outcome of one run of the engine, or the error that stopped it, then of one sequence."""
 
-    items: list[Scheduled]
+    schedule: Schedule
     plan: LogitsPlan | None = None
     samples: Samples | None = None
     prompts: list[tuple[PromptRows, TopLogprobs]] = field(default_factory=list)
@@ -33,10 +33,9 @@ class Ran:
 class Settler:
     """Owns the responses of all requests that are not finished. A request that cannot be settled fails alone."""
 
-    def __init__(self, scheduler: Scheduler, batch: Batch, tokenizer: Tokenizer | None, stats: SessionStats) -> None:
+    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None, stats: SessionStats) -> None:
         self.responses: dict[Request, Response] = {}
         self._scheduler = scheduler
-        self._batch = batch
         self._tokenizer = tokenizer
         self._stats = stats
 
@@ -50,7 +49,7 @@ class Settler:
         touched: dict[Request, None] = {}
         for result in results:
             if result.error is not None:
-                request = result.items[0].sequence.request
+                request = result.schedule.sequences[0].request
                 if request in self.responses:
                     self.fail(request, result.error)
                     touched[request] = None
@@ -91,7 +90,8 @@ class Settler:
     def _settle_samples(self, plan: LogitsPlan, samples: Samples, touched: dict[Request, None]) -> None:
         for place, sequence in enumerate(plan.sequences):
             request = sequence.request
-            if request not in self.responses:
+            response = self.responses.get(request)
+            if response is None:
                 continue  # it ended while the step was on its way
             try:
                 if place in samples.failed:
@@ -102,27 +102,24 @@ class Settler:
                     sequence = request.sequences[int(plan.choices[place])]
                 if sequence.status is Status.FINISHED:
                     continue
-                touched[request] = None
-                response = self.responses[request]
                 if response.search is None:
                     self._append(response, sequence, samples, place)
                 else:
                     self._extend_beam(response, sequence, samples, place)
+                if response.is_streamed or sequence.status is Status.FINISHED:
+                    touched[request] = None
             except Exception as error:
                 touched[request] = None
                 self.fail(request, error)
 
     def _append(self, response: Response, sequence: Sequence, samples: Samples, place: int) -> None:
         token_id = samples.token_ids[place]
-        sequence.token_ids.append(token_id)
-        sequence.num_pending = 0
-        self._batch.append(sequence, token_id)
+        sequence.append(token_id)
         self._stats.num_generated_tokens += 1
-        if sequence.token_counts is not None:
-            sequence.token_counts.add(token_id)
         if samples.logprobs is not None and place in samples.logprobs_row:
             self._add_logprobs(sequence, token_id, samples.logprobs, samples.logprobs_row[place])
-        response.accept(sequence, token_id)
+        if response.follows_text:
+            response.extend_text(sequence, token_id)
         if sequence.finish_reason is not None:
             self._scheduler.finish(sequence)
 
@@ -161,7 +158,6 @@ class Settler:
         for heir, continuation in zip(heirs, living, strict=True):
             heir.token_ids.append(continuation.token_id)
             heir.cumulative_logprob = continuation.cumulative_logprob
-            self._batch.append(heir, continuation.token_id)
             if heir.status is Status.PARKED:
                 self._scheduler.add(heir)
         self._stats.num_generated_tokens += len(heirs)
