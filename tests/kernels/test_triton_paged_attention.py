@@ -76,12 +76,12 @@ def build(case: Case, seed: int) -> tuple[tuple[torch.Tensor, ...], dict]:
     return tuple(tensor.to(DEVICE) for tensor in tensors), options
 
 
-def check(case: Case, plan: kernels.LaunchPlan | None = None) -> None:
+def check(case: Case, plan: kernels.LaunchPlan | None = None, arrivals: torch.Tensor | None = None) -> None:
     tensors, options = build(case, seed=random.SystemRandom().randrange(1 << 30))
     scale = case.dk**-0.5
     wide = [tensor.double() if tensor.is_floating_point() else tensor.clone() for tensor in tensors]
     expected = paged_attention_reference(*wide, scale, **options)
-    actual = kernels.paged_attention(*tensors, scale, **options, plan=plan)
+    actual = kernels.paged_attention(*tensors, scale, **options, plan=plan, arrivals=arrivals)
     assert actual.dtype == case.dtype
     torch.testing.assert_close(
         actual.double(), expected, rtol=0, atol=TOLERANCE[case.dtype] * float(expected.abs().max())
@@ -91,9 +91,9 @@ def check(case: Case, plan: kernels.LaunchPlan | None = None) -> None:
         torch.testing.assert_close(written.double(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def plan(splits: int, *, decode: bool, block_n: int = 16) -> kernels.LaunchPlan:
+def plan(splits: int, *, decode: bool, block_n: int = 16, share: int = 1) -> kernels.LaunchPlan:
     return kernels.LaunchPlan(
-        decode, kernels.Tiling(16, block_n, 4, 2), kernels.Tiling(16, block_n, 4, 2), splits
+        decode, kernels.Tiling(16, block_n, 4, 2), kernels.Tiling(16, block_n, 4, 2), splits, share
     )  # fmt: skip
 
 
@@ -121,6 +121,29 @@ MIXED = Case(((37, 1), (0, 21), (16, 3), (5, 9)), padding=2)
 @pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
 def test_splits_of_the_keys_change_nothing(case: Case, splits: int) -> None:
     check(case, plan(splits, decode=case is DECODE))
+
+
+@pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_calls_share_their_counters(case: Case) -> None:
+    """Whatever the batch, the counters are zero again after a call, for the next one."""
+    arrivals = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    for splits, share in ((4, 1), (3, 2), (1, 1), (8, 3)):
+        check(case, plan(splits, decode=case is DECODE, share=share), arrivals)
+        assert not arrivals.any()
+
+
+def test_too_few_counters_are_left_alone() -> None:
+    arrivals = torch.full((7,), 5, dtype=torch.int32, device=DEVICE)
+    check(DECODE, plan(2, decode=True), arrivals)
+    assert arrivals.tolist() == [5] * 7
+
+
+def test_there_are_counters_for_every_plan_that_splits() -> None:
+    counters = len(kernels.new_arrivals(DEVICE))
+    gpu = kernels.Gpu.of(DEVICE)
+    for sequences in range(1, 600):
+        made = kernels.plan_launch(gpu, sequences, sequences, 1 << 17, 8, 4, 128, 2)
+        assert made.splits == 1 or sequences * 8 <= counters
 
 
 @pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
@@ -188,9 +211,8 @@ def test_capacity_decides_the_splits() -> None:
     crowd = kernels.plan_launch(gpu, 256, 256, 8192, **llama)
     mixed = kernels.plan_launch(gpu, 900, 5, 8192, **llama)
     assert (alone.splits, crowd.splits) == (64, 1)
-    assert alone.launches == ("attend_short", "merge_splits")
-    assert crowd.launches == ("attend_short",)
-    assert mixed.launches == ("write_cache", "attend_short", "merge_splits", "attend_long")
+    assert alone.launches == crowd.launches == ("attend_short",)
+    assert mixed.launches == ("write_cache", "attend_short", "attend_long")
     assert kernels.plan_launch(gpu, 1, 1, 32, **llama).splits == 1
 
 

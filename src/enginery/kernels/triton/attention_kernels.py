@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E, attend_one, attend_range, attend_tiles, load_rows
 
@@ -91,23 +91,62 @@ def write_cache(
         )
 
 
+@triton.jit
+def merge_splits(
+    partial_sums, partial_stats, output, token, row, kv_head, splits, partial_rows,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One token of a kv head's group: output = Σ 2^(m_i − m)·sums_i / Σ 2^(m_i − m)·total_i over the splits i.
+
+    PARTS of them at a time. Other programs wrote them a moment ago: they are read past the L1 cache.
+    """
+    group = tl.arange(0, PADDED_GROUPS)
+    head = kv_head * GROUPS + group
+    columns = tl.arange(0, PADDED_DV)
+    sums = tl.zeros([PADDED_GROUPS, PADDED_DV], tl.float32)
+    maximum = tl.full([PADDED_GROUPS], EMPTY, tl.float32)
+    total = tl.zeros([PADDED_GROUPS], tl.float32)
+    for first in range(0, splits, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < splits)[:, None] & (group < GROUPS)[None, :]
+        place = (part.to(tl.int64)[:, None] * partial_rows + row) * HEADS + head[None, :]
+        maxima = tl.load(partial_stats + place, inside, other=EMPTY, cache_modifier=".cg")
+        totals_of = partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS
+        totals = tl.load(totals_of + place, inside, other=0.0, cache_modifier=".cg")
+        inside = inside[:, :, None] & (columns < DV)[None, None, :]
+        places = place[:, :, None] * DV + columns[None, None, :]
+        parts = tl.load(partial_sums + places, inside, other=0.0, cache_modifier=".cg")
+        peak = tl.maximum(maximum, tl.max(maxima, 0))
+        weights = tl.exp2(maxima - peak[None, :])
+        decay = tl.exp2(maximum - peak)
+        total = total * decay + tl.sum(totals * weights, 0)
+        sums = sums * decay[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        maximum = peak
+    result = (sums / total[:, None]).to(output.dtype.element_ty)
+    store_rows(output, (token.to(tl.int64) * HEADS + head) * DV, columns, result, group < GROUPS, DV)
+
+
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def attend_short(
     query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes,
-    cos, sin, output, partial_sums, partial_stats, num_sequences, partial_rows,
+    cos, sin, output, partial_sums, partial_stats, arrivals, num_sequences, partial_rows,
     query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride, angle_stride,
     scale, window, softcap,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, DECODE: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PARTS: tl.constexpr,
+    DECODE: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
     ROTARY: tl.constexpr,
 ):  # fmt: skip
     """One program per kv head, sequence and split. The last split, which has the fewest keys, also takes the new ones.
 
-    With one split the result goes to `output`; otherwise the state of every row goes to `partial_sums
+    A sequence has as many splits as get SHARE blocks of keys each, but no more than SPLITS; the others' programs end at
+    once. With one split the result goes to `output`. Otherwise the state of every row goes to `partial_sums
     [SPLITS, rows, Hq, DV]` and `partial_stats [2, SPLITS, rows, Hq]` (maximum, total), where a row is a token (DECODE)
-    or sequence · BLOCK_Q + i. With ROTARY, queries and new keys are turned by the tables `cos` and `sin` `[T, DK]`.
+    or sequence · BLOCK_Q + i; the last program to arrive, which `arrivals [S, Hkv]` tells, merges them and sets its
+    counter back to zero. With ROTARY, queries and new keys are turned by the tables `cos` and `sin` `[T, DK]`.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
     HEADS: tl.constexpr = KV_HEADS * GROUPS
@@ -138,6 +177,14 @@ def attend_short(
     stop = end
     if not DECODE and end - begin > BLOCK_Q:
         stop = begin
+    splits = 1
+    if SPLITS > 1:
+        visible = context
+        if HAS_WINDOW:
+            visible = tl.minimum(context, window)
+        splits = tl.minimum(tl.maximum(tl.cdiv(visible, SHARE * BLOCK_N), 1), SPLITS)
+        if split >= splits:
+            stop = begin
 
     for first in range(begin, stop, BLOCK_Q):
         token = (first + local_token).to(tl.int64)
@@ -154,7 +201,7 @@ def attend_short(
         if HAS_WINDOW:
             lowest = tl.maximum(context + (first - begin) - window + 1, 0)
 
-        if HAS_SINKS and split == SPLITS - 1:
+        if HAS_SINKS and split == splits - 1:
             maximum = tl.load(sinks + head).to(tl.float32) * LOG2_E
             total += 1.0
         # Asked for before the cached keys and used after them, so that nobody waits.
@@ -167,7 +214,7 @@ def attend_short(
 
         first_block = lowest // BLOCK_N
         blocks = tl.cdiv(context, BLOCK_N) - first_block
-        share = tl.cdiv(blocks, SPLITS)
+        share = tl.cdiv(blocks, splits)
         low = (first_block + split * share) * BLOCK_N
         high = tl.minimum(low + share * BLOCK_N, context)
         # Masked throughout: a second loop for the ragged end would pay for filling its pipeline again.
@@ -177,9 +224,7 @@ def attend_short(
             True, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
 
-        if OVERLAP:
-            gdc_launch_dependents()
-        if split == SPLITS - 1:
+        if split == splits - 1:
             for age in range(tl.minimum(first + BLOCK_Q, end) - begin):
                 source = (begin + age).to(tl.int64)
                 if DECODE:
@@ -200,56 +245,38 @@ def attend_short(
                 )  # fmt: skip
                 new_value = tl.load(new_values + following * value_stride, in_value & more, other=0.0)
 
-        if SPLITS == 1:
+        row = token
+        if not DECODE:
+            row = sequence.to(tl.int64) * BLOCK_Q + local_token
+        if splits == 1:
             result = (sums / total[:, None]).to(output.dtype.element_ty)
             store_rows(output, (token * HEADS + head) * DV, value_columns, result, owned, DV)
         else:
-            row = token
-            if not DECODE:
-                row = sequence.to(tl.int64) * BLOCK_Q + local_token
             place = (split * partial_rows + row) * HEADS + head
             tl.store(partial_stats + place, maximum, owned)
             tl.store(partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS + place, total, owned)
-            # A split without keys leaves its sums unwritten; a total of zero says so.
-            store_rows(partial_sums, place * DV, value_columns, sums, owned & (total > 0.0), DV)
+            store_rows(partial_sums, place * DV, value_columns, sums, owned, DV)
+
+    if SPLITS > 1 and (splits > 1) & (begin < stop):
+        # All threads have stored before one of them counts the program as arrived.
+        tl.debug_barrier()
+        counter = arrivals + sequence * KV_HEADS + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+            tl.store(counter, 0)
+            first_row = begin
+            if not DECODE:
+                first_row = sequence * BLOCK_Q
+            for member in range(stop - begin):
+                merge_splits(
+                    partial_sums, partial_stats, output, begin + member, first_row + member, kv_head, splits,
+                    partial_rows, GROUPS, HEADS, DV, PADDED_DV, PADDED_GROUPS, SPLITS, PARTS,
+                )  # fmt: skip
 
     # Row `sequence` belongs to nobody if the batch is padded: the padding's output is zero.
     if DECODE and (split == 0) & (sequence >= num_owned):
         blank = tl.zeros([BLOCK_M, PADDED_DV], output.dtype.element_ty)
         offsets = sequence.to(tl.int64) * HEADS * DV + head * DV
         store_rows(output, offsets, value_columns, blank, local_token == 0, DV)
-
-
-@triton.jit(do_not_specialize=BATCH_SIZES)
-def merge_splits(
-    partial_sums, partial_stats, query_start, output, num_sequences, partial_rows,
-    HEADS: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
-    SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, DECODE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One program per query head and row: output = Σ 2^(m_i − m)·sums_i / Σ 2^(m_i − m)·total_i over the splits i."""
-    if OVERLAP:
-        gdc_wait()
-    head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    if DECODE:
-        token = row
-        owned = token < tl.load(query_start + num_sequences)
-    else:
-        begin = tl.load(query_start + row // BLOCK_Q)
-        count = tl.load(query_start + row // BLOCK_Q + 1) - begin
-        token = begin + row % BLOCK_Q
-        owned = (row % BLOCK_Q < count) & (count <= BLOCK_Q)
-    # Everything is asked for at once; the rows of nobody, and of splits without keys, hold nothing that is used.
-    splits = tl.arange(0, PADDED_SPLITS)
-    columns = tl.arange(0, PADDED_DV)
-    place = (splits * partial_rows + row) * HEADS + head
-    maximum = tl.load(partial_stats + place, splits < SPLITS, other=EMPTY)
-    total = tl.load(partial_stats + SPLITS * partial_rows.to(tl.int64) * HEADS + place, splits < SPLITS, other=0.0)
-    sums = load_rows(partial_sums, place * DV, columns, splits < SPLITS, DV, PADDED_DV, True)
-    sums = tl.where((total > 0.0)[:, None], sums, 0.0)
-    weights = tl.exp2(maximum - tl.max(maximum, 0))
-    result = tl.sum(sums * weights[:, None], 0) / tl.sum(total * weights, 0)
-    tl.store(output + (token * HEADS + head) * DV + columns, result.to(output.dtype.element_ty), owned & (columns < DV))
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

@@ -3,7 +3,8 @@
 Two kernels share the batch by the number of a sequence's new tokens, which only the device knows:
 
 - *short* (at most BLOCK_Q new tokens: decoding, speculation): split-K (Dao et al., "Flash-Decoding", 2023). The keys of
-  a sequence are cut into as many parts as fill the GPU at the batch's capacity; `merge_splits` combines the parts.
+  a sequence are cut into as many parts as fill the GPU at the batch's capacity, but not into smaller ones than are
+  worth a program; the program that ends last merges the parts.
 - *long* (prefill chunks): one program per tile of queries and kv head; blocks of keys that the causal mask or the
   window hides are skipped. New keys are read where the projections left them, cached ones through the table.
 
@@ -21,7 +22,7 @@ import torch
 import triton
 
 from enginery.errors import UnsupportedError
-from enginery.kernels.triton.attention_kernels import attend_long, attend_short, merge_splits, write_cache
+from enginery.kernels.triton.attention_kernels import attend_long, attend_short, write_cache
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,15 @@ class LaunchPlan:
     short: Tiling
     long: Tiling
     splits: int
+    """The most that a sequence's keys are cut into by *short*."""
+    share: int = 1
+    """Blocks of keys that each split gets at least: with fewer, there are fewer splits."""
     overlap: bool = False
     """Launch a kernel while its predecessor still runs (programmatic dependent launch, from compute capability 9.0)."""
 
     @property
     def launches(self) -> tuple[str, ...]:
-        merge = ("merge_splits",) if self.splits > 1 else ()
-        return ("attend_short", *merge) if self.decode else ("write_cache", "attend_short", *merge, "attend_long")
+        return ("attend_short",) if self.decode else ("write_cache", "attend_short", "attend_long")
 
 
 def power_of_two(number: int) -> int:
@@ -66,6 +69,11 @@ class Gpu:
 
     processors: int
     overlap: bool
+
+    @property
+    def programs(self) -> int:
+        """That *short* runs at a time, four a multiprocessor: more splits than fill these gain nothing."""
+        return 4 * self.processors
 
     @classmethod
     def of(cls, device: torch.device) -> Gpu:
@@ -95,11 +103,24 @@ def plan_launch(
         short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 128), 64, 8, 3)
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
-    # Four programs a multiprocessor; a split of fewer than four pages costs more than it gains. Powers of two: each
-    # number of splits is a kernel that has to be compiled.
-    splits = min(4 * gpu.processors // max(1, sequences * kv_heads), capacity // (4 * short.block_n), 64)
+    # Powers of two: each number of splits is a kernel that has to be compiled.
+    splits = min(gpu.programs // max(1, sequences * kv_heads), capacity // (4 * short.block_n), 64)
     splits = 1 << (max(1, splits).bit_length() - 1)
-    return LaunchPlan(tokens == sequences, short, long, splits, gpu.overlap)
+    return LaunchPlan(tokens == sequences, short, long, splits, overlap=gpu.overlap)
+
+
+def new_arrivals(device: torch.device) -> torch.Tensor:
+    """Counters for the calls that split: those are of no more sequences and kv heads than programs run at a time.
+
+    Zero between calls. Calls that share them must be in one stream's order; graphs may hold them.
+    """
+    return torch.zeros(Gpu.of(device).programs, dtype=torch.int32, device=device)
+
+
+def parts_at_once(plan: LaunchPlan, size: int) -> int:
+    """Splits that a program of *short* merges at a time: `size` numbers each, 128 of them in a thread's registers."""
+    most = 128 * 32 * plan.short.num_warps // size
+    return max(1, min(most, triton.next_power_of_2(plan.splits)))
 
 
 def _check_layout(name: str, tensor: torch.Tensor) -> None:
@@ -131,11 +152,12 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
     plan: LaunchPlan | None = None,
     angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The contract of `enginery::paged_attention`, in 16 and 32 bits.
 
     `plan` overrides the choice of tiles. `angles`: tables cos and sin `[T, Dk]` by which queries and new keys are
-    turned on their way, for decoding only.
+    turned on their way, for decoding only. `arrivals`: of `new_arrivals`; without, or with too few, a call has its own.
     """
     query, key, value = rows_of(query), rows_of(key), rows_of(value)
     _check_layout("key_cache", key_cache)
@@ -144,7 +166,7 @@ def paged_attention(
     _, kv_heads, block_size, dv = value_cache.shape
     sequences, table_width = block_tables.shape
     groups = heads // kv_heads
-    padded_dk, padded_dv = power_of_two(dk), power_of_two(dv)
+    padded_dk, padded_dv, padded_groups = power_of_two(dk), power_of_two(dv), triton.next_power_of_2(groups)
     if plan is None:
         width, capacity = max(padded_dk, padded_dv), table_width * block_size
         gpu = Gpu.of(query.device)
@@ -181,22 +203,19 @@ def paged_attention(
     short_tokens = plan.short.block_m // groups
     rows = tokens if plan.decode else sequences * short_tokens
     partial_sums = partial_stats = output
+    if arrivals is None or len(arrivals) < sequences * kv_heads:
+        arrivals = output if plan.splits == 1 else query.new_zeros(sequences * kv_heads, dtype=torch.int32)
     if plan.splits > 1:
         partial_sums = query.new_empty(plan.splits, rows, heads, dv, dtype=torch.float32)
         partial_stats = query.new_empty(2, plan.splits, rows, heads, dtype=torch.float32)
     attend_short[(kv_heads, sequences, plan.splits)](
         query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks,
-        alibi_slopes, cos, sin, output, partial_sums, partial_stats, sequences, rows, *strides, cos.stride(0), *numbers,
+        alibi_slopes, cos, sin, output, partial_sums, partial_stats, arrivals, sequences, rows,
+        *strides, cos.stride(0), *numbers,
         ROTARY=angles is not None, BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
+        SHARE=plan.share, PADDED_GROUPS=padded_groups, PARTS=parts_at_once(plan, padded_groups * padded_dv),
         DECODE=plan.decode, OVERLAP=plan.overlap, launch_pdl=plan.overlap, **plan.short.options, **sizes, **features,
     )  # fmt: skip
-    if plan.splits > 1:
-        merge_splits[(heads, rows)](
-            partial_sums, partial_stats, query_start, output, sequences, rows,
-            HEADS=heads, DV=dv, PADDED_DV=padded_dv, BLOCK_Q=short_tokens,
-            SPLITS=plan.splits, PADDED_SPLITS=triton.next_power_of_2(plan.splits), DECODE=plan.decode,
-            OVERLAP=plan.overlap, launch_pdl=plan.overlap,
-        )  # fmt: skip
     if not plan.decode:
         long_tokens = plan.long.block_m // groups
         attend_long[(kv_heads, tokens // long_tokens + sequences)](

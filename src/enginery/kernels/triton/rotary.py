@@ -6,7 +6,6 @@ Otherwise they are turned first, in a launch of their own: tiles of queries read
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -79,10 +78,11 @@ def rotary_paged_attention(
     slot_mapping: torch.Tensor,
     block_tables: torch.Tensor,
     *rest: Any,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The contract of `enginery::rotary_paged_attention`, in 16 and 32 bits."""
+    """The contract of `enginery::rotary_paged_attention`, in 16 and 32 bits; `arrivals` as in `paged_attention`."""
     cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
     batch = (key_cache, value_cache, slot_mapping, block_tables, *rest)
     if is_decode(query, block_tables) and cos.stride(0) == sin.stride(0):
-        return partial(paged_attention, angles=(cos, sin))(query, key, value, *batch)
-    return paged_attention(*rotate(query, key, cos, sin), value, *batch)
+        return paged_attention(query, key, value, *batch, angles=(cos, sin), arrivals=arrivals)
+    return paged_attention(*rotate(query, key, cos, sin), value, *batch, arrivals=arrivals)
