@@ -136,26 +136,12 @@ def _load_triton(_: Report | None) -> None:
 TRITON = Candidate(
     name=lambda: "Triton",
     device="cuda",
-    ops=frozenset({"add_rms_norm", "linear", "paged_attention", "rotary_paged_attention", "silu_mul"}),
+    ops=frozenset({"add_rms_norm", "linear", "norm_linear", "paged_attention", "rotary_paged_attention", "silu_mul"}),
     unavailable=_missing_triton,
     load=_load_triton,
 )
 
 
-def _load_cublas(_: Report | None) -> None:
-    from enginery.kernels.cublas import register
+TABLE = KernelTable((CPP, TRITON))
 
-    register()
-
-
-CUBLAS = Candidate(
-    name=lambda: "cuBLAS",
-    device="cuda",
-    ops=frozenset({"float8_linear"}),
-    unavailable=lambda: _missing_gpu((8, 9)),
-    load=_load_cublas,
-)
-
-TABLE = KernelTable((CPP, TRITON, CUBLAS))
-
-__all__ = ["CPP", "CUBLAS", "TABLE", "TRITON", "Candidate", "KernelTable", "Report", "Row"]
+__all__ = ["CPP", "TABLE", "TRITON", "Candidate", "KernelTable", "Report", "Row"]

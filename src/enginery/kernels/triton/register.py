@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from functools import partial
+
 import torch
 
 from enginery.kernels.triton.add_rms_norm import add_rms_norm
-from enginery.kernels.triton.linear import linear
-from enginery.kernels.triton.paged_attention import paged_attention
+from enginery.kernels.triton.fused_linear import linear, norm_linear
+from enginery.kernels.triton.paged_attention import new_arrivals, paged_attention
 from enginery.kernels.triton.rotary import rotary_paged_attention
 from enginery.kernels.triton.silu_mul import silu_mul
 from enginery.ops import NAMESPACE
@@ -16,9 +20,12 @@ _LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
 
 
 def register() -> None:
-    """To be called once in a process."""
-    _LIBRARY.impl("linear", linear, "CUDA")
-    _LIBRARY.impl("paged_attention", paged_attention, "CUDA")
-    _LIBRARY.impl("rotary_paged_attention", rotary_paged_attention, "CUDA")
+    """To be called once in a process, not while a CUDA graph is captured."""
+    arrivals = new_arrivals(torch.device("cuda"))
+    unit = torch.ones((), device="cuda")
+    _LIBRARY.impl("linear", partial(linear, unit=unit), "CUDA")
+    _LIBRARY.impl("norm_linear", partial(norm_linear, unit=unit), "CUDA")
+    _LIBRARY.impl("paged_attention", partial(paged_attention, arrivals=arrivals), "CUDA")
+    _LIBRARY.impl("rotary_paged_attention", partial(rotary_paged_attention, arrivals=arrivals), "CUDA")
     _LIBRARY.impl("add_rms_norm", add_rms_norm, "CUDA")
     _LIBRARY.impl("silu_mul", silu_mul, "CUDA")

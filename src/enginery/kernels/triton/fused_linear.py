@@ -1,0 +1,112 @@
+"""`enginery::linear` and `enginery::norm_linear` on NVIDIA GPUs: which kernels do them, by rows and dtype of the weight.
+
+Few rows (decoding) go to our kernels, which are bound by the bytes of the weight; more to cuBLAS, with the norm before
+and the gate behind as kernels of their own. One row of 16 bits takes its norm into the product.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
+from enginery.kernels.triton.float8 import MULTIPLE, float8_product, quantised
+from enginery.kernels.triton.linear import skinny_linear, skinny_norm_linear
+from enginery.kernels.triton.silu_mul import silu_mul
+
+MOST_ROWS = 32
+"""Above this, cuBLAS is taken: more rows are not bound by the bytes of the weight alone."""
+MOST_NORMED_ROWS = 1
+"""Above this, a norm has a kernel of its own."""
+
+
+def linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    unit: torch.Tensor,
+) -> torch.Tensor:
+    """The contract of `enginery::linear`; `unit`: see `float8_product`."""
+    rows = _rows(input)
+    if scale is None:
+        result = _product(rows, weight, bias, gated=False)
+    elif _fits_float8(rows, weight):
+        result = _float8(*quantised(rows), weight, bias, scale, input.dtype, unit, gated=False)
+    else:
+        result = _product(rows, _widened(weight, scale, input.dtype), bias, gated=False)
+    return result.view(*input.shape[:-1], -1)
+
+
+def norm_linear(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    gated: bool = False,
+    *,
+    unit: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract of `enginery::norm_linear`."""
+    rows = _rows(input)
+    others = residual.reshape(rows.shape)
+    if scale is None and _is_skinny(rows, weight, MOST_NORMED_ROWS):
+        result, total = skinny_norm_linear(rows, others, norm_weight, eps, weight, bias, gated=gated)
+    elif scale is not None and _fits_float8(rows, weight):
+        normed, scales, total = add_rms_norm_float8(rows, others, norm_weight, eps)
+        result = _float8(normed, scales, weight, bias, scale, input.dtype, unit, gated=gated)
+    else:
+        normed, total = add_rms_norm(rows, others, norm_weight, eps)
+        weight = weight if scale is None else _widened(weight, scale, input.dtype)
+        result = _product(normed, weight, bias, gated=gated)
+    return result.view(*input.shape[:-1], -1), total.view(input.shape)
+
+
+def _rows(input: torch.Tensor) -> torch.Tensor:
+    """`[M, K]`"""
+    depth = input.shape[-1]
+    return input.reshape(input.numel() // depth if depth else 0, depth)
+
+
+def _is_skinny(rows: torch.Tensor, weight: torch.Tensor, most: int) -> bool:
+    fits = rows.element_size() == 2 and rows.dtype == weight.dtype and weight.is_contiguous()
+    return fits and 0 < rows.shape[0] <= most
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
+    if _is_skinny(rows, weight, MOST_ROWS):
+        return skinny_linear(rows, weight, bias, gated=gated)
+    result = torch.nn.functional.linear(rows, weight, bias)
+    return silu_mul(result) if gated else result
+
+
+def _float8(
+    rows: torch.Tensor,
+    row_scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    unit: torch.Tensor,
+    *,
+    gated: bool,
+) -> torch.Tensor:
+    if rows.shape[0] <= MOST_ROWS:
+        return skinny_linear(rows, weight, bias, scale, input_scale=row_scale, dtype=dtype, gated=gated)
+    result = float8_product(rows, row_scale, weight, scale, bias, dtype, unit)
+    return silu_mul(result) if gated else result
+
+
+def _fits_float8(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the matrix units take the product, inputs rounded."""
+    capable = not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (8, 9)
+    fits = weight.is_contiguous() and all(size % MULTIPLE == 0 for size in weight.shape)
+    return capable and fits and rows.shape[0] > 0 and rows.element_size() == 2
+
+
+def _widened(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A float8 weight for products of another dtype: slow, where there is nothing better."""
+    return (weight.to(torch.float32) * scale.view(-1, 1)).to(dtype)
