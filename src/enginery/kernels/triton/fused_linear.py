@@ -1,4 +1,4 @@
-"""`enginery::linear` and `enginery::norm_linear` on NVIDIA GPUs: which kernels do them, by rows and dtype of the weight.
+"""`enginery::linear` and `enginery::norm_linear` on NVIDIA GPUs: which kernels do them, by rows and weight dtype.
 
 Few rows (decoding) go to our kernels, which are bound by the bytes of the weight; more to cuBLAS, with the norm before
 and the gate behind as kernels of their own. One row of 16 bits takes its norm into the product.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from functools import partial
-
 import torch
 
 from enginery.kernels.triton.add_rms_norm import add_rms_norm
