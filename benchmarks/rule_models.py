@@ -49,6 +49,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 LAYOUT = "SinkTransposes + TransposeOfUnsqueeze + SelectBeforeTranspose + CancelTransposes"
 """They move transposes until these cancel, one of them alone moves little."""
 GLUE = ("FuseAddNorm", "FuseSiluMul", "FuseRotary")
+INTO_LINEARS = ("FuseNormLinear", "FuseGate")
 
 FIRES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "llama": (
@@ -69,8 +70,8 @@ FIRES: Mapping[str, tuple[str, ...]] = MappingProxyType({
 """Each rule on one model that it fires on, alone or with those that it works with."""
 
 ON_GPU = (
-    "MergeParallelLinears", "SkinnyLinears", *GLUE, " + ".join(GLUE), "ScaleBeforeLinear", LAYOUT,
-    "CommonSubexpressions",
+    "MergeParallelLinears", "SkinnyLinears", *GLUE, *INTO_LINEARS, " + ".join((*GLUE, *INTO_LINEARS)),
+    "ScaleBeforeLinear", LAYOUT, "CommonSubexpressions",
 )  # fmt: skip
 
 

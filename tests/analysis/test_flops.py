@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from enginery import ops
 from enginery.analysis import Step
 from enginery.analysis.flops import flops, has_rule, is_product
+from enginery.analysis.layer_cost import CostAnalyzer
 from enginery.analysis.layout import Layout
 from enginery.analysis.step import visible_keys, visible_pairs
-from enginery.network import Network, find_operator
+from enginery.network import Network, Tensor, find_operator
 
 
 class Block(nn.Module):
@@ -138,6 +139,26 @@ REWRITTEN = """
 )
 def test_the_operators_of_rewritten_networks_have_rules(name: str) -> None:
     assert has_rule(find_operator(name)), "give it a rule in analysis/flops.py"
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_joined_linear_counts_as_its_parts(gated: bool) -> None:
+    network = Network()
+    x = network.add_input("x", (3, 7, 16), torch.bfloat16)
+    norm = network.add_constant("norm", (16,), torch.bfloat16)
+    weight = network.add_constant("weight", (10, 16), torch.float8_e4m3fn)
+    scale = network.add_constant("scale", (10,), torch.float32)
+    joined, _ = ops.norm_linear(x, x, norm, 1e-5, weight, None, scale, gated)
+    normed, _ = ops.add_rms_norm(x, x, norm, 1e-5)
+    product = ops.linear(normed, weight, None, scale)
+    parts = [normed, product, *([ops.silu_mul(product)] if gated else [])]
+    assert counted_of(joined) == sum(map(counted_of, parts)) > 2 * 3 * 7 * 16 * 10
+    rows = {row.layer: row for row in CostAnalyzer(network, Step()).run()}
+    assert rows[joined.parent].dtype == rows[product.parent].dtype == torch.float8_e4m3fn
+
+
+def counted_of(tensor: Tensor) -> int:
+    return flops(tensor.parent, Layout({}), Step())
 
 
 @pytest.mark.parametrize(("function", "each"), [(torch.softmax, 5), (torch.sum, 1), (torch.cumsum, 1)])

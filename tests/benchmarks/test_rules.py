@@ -76,7 +76,7 @@ def test_gains_of_a_record_get_into_the_document(tmp_path: Path) -> None:
     lines = document.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     rows = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
-    assert rows["FuseAddNorm"].endswith("| off | +3.2 · -1.0 % (llama) | – |")
+    assert rows["FuseAddNorm"].endswith("| on, GPU | +3.2 · -1.0 % (llama) | – |")
     assert rows["PageAttention"].endswith("| on | needed | – |")
     assert rows["CancelTransposes"].endswith("| on | +3.2 · -1.0 % (llama, 2 rules together) | – |")
     assert rows["DropCasts"].endswith("| on | – | – |")

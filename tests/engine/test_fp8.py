@@ -20,7 +20,7 @@ from enginery.errors import UsageError
 
 FP8 = dataclasses.replace(EAGER, quantization="fp8")
 LOGITS = 0.04
-"""of the logits' norm; about 0.02 is found"""
+"""of the logits' norm; 0.01 to 0.02 is found"""
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,7 @@ def test_compiled_equals_eager(tmp_path: Path, in_cache: None) -> None:
     for inputs, expected in steps(model):
         logits = compiled.execute(inputs)
         assert (logits - expected).norm() / expected.norm() < LOGITS
-        # A rounding of 32 bits that falls the other way moves a value of 8 bits by a whole step: rarely, and few.
-        assert (logits - eager.execute(inputs)).norm() / expected.norm() < LOGITS / 2
+        assert (logits - eager.execute(inputs)).norm() / expected.norm() < 1e-5
 
 
 @pytest.mark.gpu

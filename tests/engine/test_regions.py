@@ -9,12 +9,12 @@ from tests.engine.decoder import Decoder, imported, reader
 from enginery.engine.binding import WeightEvaluator, split
 from enginery.engine.regions import Outline, outline
 from enginery.network import Network
-from enginery.rewriting.pipeline import run_phases
+from enginery.rewriting.pipeline import PipelineConfig, run_phases
 
 
-def rewritten(model: Decoder) -> Network:
+def rewritten(model: Decoder, device: str = "cpu") -> Network:
     network = imported(model).network
-    run_phases(network)
+    run_phases(network, PipelineConfig(device=device))
     return network
 
 
@@ -54,9 +54,11 @@ def test_regions_hold_every_layer_once_and_are_sound() -> None:
         assert f"# {region.name}" in str(region)
 
 
-def test_regions_compute_what_the_network_computes() -> None:
-    model = Decoder(4, window=5)
-    source = rewritten(model)
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_regions_compute_what_the_network_computes(device: str, dtype: torch.dtype) -> None:
+    """A GPU's blocks hand on two values: the addition that ends one belongs to the norm that begins the next."""
+    model = Decoder(4, window=5).to(dtype)
+    source = rewritten(model, device)
     parts = split(source)
     evaluator = WeightEvaluator(source, parts.weights.values(), reader(model))
     weights = {name: evaluator.value(tensor) for name, tensor in parts.weights.items()}

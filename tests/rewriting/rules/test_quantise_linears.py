@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from enginery.network import Layer, Network
+from enginery import ops
+from enginery.network import Layer, Network, Tensor
 from enginery.rewriting import PatternRewriter, RewritePatternManager
 from enginery.rewriting.pipeline import PipelineConfig, run_phases
-from enginery.rewriting.rules.common_subexpressions import CommonSubexpressions
 from enginery.rewriting.rules.quantise_linears import QuantiseLinears
 from enginery.rewriting.structure import structure
 
@@ -16,7 +16,8 @@ ROUNDING = 2.0**-4
 """of a number with 3 bits of mantissa, relative"""
 SUBNORMAL = 2.0**-10
 """half a step of float8_e4m3fn near zero"""
-BFLOAT16 = 2.0**-8
+ROUNDED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
+"""of the result, relative; float32 is summed in it too"""
 
 
 def layer_text(dtype: str = "bfloat16") -> str:
@@ -37,7 +38,7 @@ def body(dtype: str = "bfloat16") -> Network:
 
 
 def quantised(network: Network, *, per_channel: bool = True) -> Network:
-    report = RewritePatternManager(QuantiseLinears(per_channel=per_channel), CommonSubexpressions()).rewrite(network)
+    report = RewritePatternManager(QuantiseLinears(per_channel=per_channel)).rewrite(network)
     network.verify()
     assert report["QuantiseLinears"].rewritten >= 1
     assert str(Network.parse(str(network))) == str(network)
@@ -46,7 +47,7 @@ def quantised(network: Network, *, per_channel: bool = True) -> Network:
 
 def only_layer(network: Network) -> Network:
     """Without the head: the output is what the head would read."""
-    head = next(layer for layer in network if layer.op._opname == "linear")
+    (head,) = (layer for layer in network if layer.op is torch.ops.aten.linear.default)
     network.set_output("z", head.args[0])
     return network
 
@@ -56,15 +57,6 @@ input %x: bfloat16[n, 64]
 constant %w: bfloat16[48, 64]
 constant %b: bfloat16[48]
 constant %h: bfloat16[32, 48]
-%x_abs: bfloat16[n, 64] = aten.abs(%x)
-%x_max: bfloat16[n, 1] = aten.amax(%x_abs, dim=[-1], keepdim=True)
-%x_wide_max: float32[n, 1] = aten.to.dtype(%x_max, float32)
-%x_positive: float32[n, 1] = aten.clamp_min(%x_wide_max, 1e-12)
-%x_scale: float32[n, 1] = aten.div.Tensor(%x_positive, 448.0)
-%x_wide: float32[n, 64] = aten.to.dtype(%x, float32)
-%x_scaled: float32[n, 64] = aten.div.Tensor(%x_wide, %x_scale)
-%x_clamped: float32[n, 64] = aten.clamp(%x_scaled, min=-448.0, max=448.0)
-%x_narrow: float8_e4m3fn[n, 64] = aten.to.dtype(%x_clamped, float8_e4m3fn)
 %w_abs: bfloat16[48, 64] = aten.abs(%w)
 %w_max: bfloat16[48, 1] = aten.amax(%w_abs, dim=[1], keepdim=True)
 %w_wide_max: float32[48, 1] = aten.to.dtype(%w_max, float32)
@@ -74,13 +66,8 @@ constant %h: bfloat16[32, 48]
 %w_scaled: float32[48, 64] = aten.div.Tensor(%w_wide, %w_scale)
 %w_clamped: float32[48, 64] = aten.clamp(%w_scaled, min=-448.0, max=448.0)
 %w_narrow: float8_e4m3fn[48, 64] = aten.to.dtype(%w_clamped, float8_e4m3fn)
-%product: bfloat16[n, 48] = enginery.float8_linear(%x_narrow, %w_narrow)
-%wide: float32[n, 48] = aten.to.dtype(%product, float32)
-%rows: float32[n, 48] = aten.mul.Tensor(%wide, %x_scale)
 %w_scales: float32[48] = aten.squeeze.dim(%w_scale, 1)
-%columns: float32[n, 48] = aten.mul.Tensor(%rows, %w_scales)
-%biased: float32[n, 48] = aten.add.Tensor(%columns, %b)
-%y: bfloat16[n, 48] = aten.to.dtype(%biased, bfloat16)
+%y: bfloat16[n, 48] = enginery.linear(%x, %w_narrow, bias=%b, scale=%w_scales)
 %z: bfloat16[n, 32] = aten.linear(%y, %h)
 output z = %z
 """
@@ -111,23 +98,22 @@ def test_every_output_is_within_the_rounding_of_its_terms(kind: str, dtype: torc
     (found,) = network.run([x], {"w": w, "b": b, "h": torch.zeros(32, 48, dtype=dtype)})
     wide, weight = x.double(), w.double()
     exact = wide @ weight.T
-    allowed_x = torch.maximum(wide.abs() * ROUNDING, wide.abs().amax(1, keepdim=True) / 448 * SUBNORMAL) * 1.0001
     largest = weight.abs().amax(1, keepdim=True) if per_channel else weight.abs().amax()
     allowed_w = torch.maximum(weight.abs() * ROUNDING, largest / 448 * SUBNORMAL) * 1.0001
-    sums = wide.abs() @ allowed_w.T + allowed_x @ weight.abs().T + allowed_x @ allowed_w.T
+    sums = wide.abs() @ allowed_w.T
     tiny = 1e-7 if dtype == torch.float16 else 1e-12  # subnormal results
-    bound = sums + BFLOAT16 * (exact.abs() + sums + (exact + b.double()).abs()) + tiny
+    bound = sums + ROUNDED[dtype] * (wide.abs() @ weight.abs().T + sums + b.double().abs()) + tiny
     assert ((found.double() - exact - b.double()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("kind", ["even", "outliers"])
 def test_errors_average_out(kind: str) -> None:
-    """As a whole the result is as near as the rounding of one number on average, 2 to 3 %, on both sides."""
+    """As a whole the result is as near as the rounding of one number on average, 2 to 3 %."""
     x, w, b = inputs_of(kind, torch.bfloat16), torch.randn(48, 64).bfloat16(), torch.zeros(48).bfloat16()
     network = only_layer(quantised(body()))
     (found,) = network.run([x], {"w": w, "b": b, "h": torch.zeros(32, 48).bfloat16()})
     exact = x.double() @ w.double().T
-    assert (found.double() - exact).norm() / exact.norm() < 0.06
+    assert (found.double() - exact).norm() / exact.norm() < 0.04
 
 
 def test_large_numbers_of_float16_do_not_overflow() -> None:
@@ -152,19 +138,13 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     (together,) = network.run([x], values)
     for row in range(5):
         (alone,) = network.run([x[row : row + 1]], values)
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=BFLOAT16, atol=0)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-6)
 
 
-def test_parallel_linears_share_their_quantised_input() -> None:
-    network = Network.parse(
-        "network 1\ninput %x: float32[n, 32]\nconstant %w: float32[16, 32]\nconstant %v: float32[16, 32]\n"
-        "constant %h: float32[16, 16]\n%p: float32[n, 16] = aten.linear(%x, %w)\n"
-        "%q: float32[n, 16] = aten.linear(%x, %v)\n%s: float32[n, 16] = aten.mul.Tensor(%p, %q)\n"
-        "%z: float32[n, 16] = aten.linear(%s, %h)\noutput z = %z\n"
-    )
-    quantised(network)
-    first, second = (layer for layer in network if layer.op._opname == "float8_linear")
-    assert first.args[0] is second.args[0]
+def test_one_scale_for_a_whole_weight() -> None:
+    network = quantised(body(), per_channel=False)
+    (layer,) = (layer for layer in network if layer.op is ops.linear)
+    assert layer.arguments["scale"].shape == (1,)
 
 
 STAYING = {
@@ -186,7 +166,7 @@ def test_linears_that_stay_are_counted_with_the_reason(reason: str) -> None:
     rule = RewritePatternManager(QuantiseLinears()).rewrite(network)["QuantiseLinears"]
     assert rule.rewritten == 0
     assert rule.declined[reason] >= 1
-    assert all(layer.op._opname != "float8_linear" for layer in network)
+    assert narrow_linears(network) == 0
 
 
 DECODER = """network 1
@@ -217,6 +197,10 @@ output logits = %logits
 """
 
 
+def narrow_linears(network: Network) -> int:
+    return sum(isinstance(layer.arguments.get("scale"), Tensor) for layer in network)
+
+
 def count(network: Network, name: str) -> int:
     return sum(layer.op._opname == name for layer in network)
 
@@ -228,9 +212,10 @@ def test_in_the_pipeline(device: str) -> None:
     report = run_phases(network, PipelineConfig(rules=(QuantiseLinears(),), device=device))
     network.verify()
     assert report["quantise"]["QuantiseLinears"].rewritten == 3
-    assert count(network, "float8_linear") == 3
     names = [layer.op.name() for layer in network]
-    assert names.count("enginery::packed_linear" if device == "cpu" else "enginery::linear") == 1
+    linears = {"enginery::linear", "enginery::norm_linear", "enginery::packed_linear"}
+    assert (narrow_linears(network), sum(name in linears for name in names)) == (3, 4)
+    assert ("enginery::packed_linear" in names) == (device == "cpu")
     assert "aten::linear" not in names
 
 
@@ -251,11 +236,10 @@ def run_decoder(*rules: PatternRewriter, disabled_rules: tuple[str, ...] = ()) -
 
 def test_beside_rules_of_the_users_own() -> None:
     network = run_decoder(SiluToTanh())
-    assert (count(network, "tanh"), count(network, "float8_linear")) == (1, 3)
+    assert (count(network, "tanh"), narrow_linears(network)) == (1, 3)
 
 
 def test_switched_off_and_without_merged_linears() -> None:
-    assert count(run_decoder(disabled_rules=("QuantiseLinears",)), "float8_linear") == 0
+    assert narrow_linears(run_decoder(disabled_rules=("QuantiseLinears",))) == 0
     network = run_decoder(disabled_rules=("MergeParallelLinears",))
-    assert count(network, "float8_linear") == 5
-    assert count(network, "amax") == 3 + 5  # three inputs, five weights
+    assert narrow_linears(network) == count(network, "amax") == 5
