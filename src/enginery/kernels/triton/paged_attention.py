@@ -24,6 +24,9 @@ import triton
 from enginery.errors import UnsupportedError
 from enginery.kernels.triton.attention_kernels import attend_long, attend_short, write_cache
 
+PAGES = 32
+"""of a block table that a program of *short* loads at a time: one for each thread of a warp"""
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -213,8 +216,9 @@ def paged_attention(
         alibi_slopes, cos, sin, output, partial_sums, partial_stats, arrivals, sequences, rows,
         *strides, cos.stride(0), *numbers,
         ROTARY=angles is not None, BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
-        SHARE=plan.share, PADDED_GROUPS=padded_groups, PARTS=parts_at_once(plan, padded_groups * padded_dv),
-        DECODE=plan.decode, OVERLAP=plan.overlap, launch_pdl=plan.overlap, **plan.short.options, **sizes, **features,
+        SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * padded_dv), PAGES=PAGES,
+        PADDED_GROUPS=padded_groups, DECODE=plan.decode, OVERLAP=plan.overlap, launch_pdl=plan.overlap,
+        **plan.short.options, **sizes, **features,
     )  # fmt: skip
     if not plan.decode:
         long_tokens = plan.long.block_m // groups
