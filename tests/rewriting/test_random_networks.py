@@ -35,6 +35,8 @@ batches = st.lists(
     min_size=1,
     max_size=3,
 )
+devices = st.sampled_from(["cpu", "cuda"])
+"""whose rules run; the references of the operators run on the CPU"""
 rule_sets = st.lists(st.sampled_from(OPTIONAL), unique=True) if OPTIONAL else st.just([])
 
 
@@ -136,9 +138,9 @@ def shuffled(count: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(count))
 
 
-def check_pipeline(network: Network, batch: Batch, rules: Sequence[type]) -> None:
+def check_pipeline(network: Network, batch: Batch, rules: Sequence[type], device: str) -> None:
     before = network.copy()
-    run_phases(network, PipelineConfig(rules=tuple(rule() for rule in rules), block_size=BLOCK))
+    run_phases(network, PipelineConfig(rules=tuple(rule() for rule in rules), block_size=BLOCK, device=device))
     run_batch(before, network, batch)
 
 
@@ -176,17 +178,17 @@ def some_tokens(count: int, vocabulary: int = 11) -> list[torch.Tensor]:
 
 
 @quick
-@given(decoders(), batches, rule_sets)
-def test_decoders_through_all_phases(network: Network, batch: Batch, rules: list[type]) -> None:
-    check_pipeline(network, batch, rules)
+@given(decoders(), batches, rule_sets, devices)
+def test_decoders_through_all_phases(network: Network, batch: Batch, rules: list[type], device: str) -> None:
+    check_pipeline(network, batch, rules, device)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @thorough
-@given(decoders(), batches, rule_sets)
-def test_a_thousand_decoders_through_all_phases(network: Network, batch: Batch, rules: list[type]) -> None:
-    check_pipeline(network, batch, rules)
+@given(decoders(), batches, rule_sets, devices)
+def test_a_thousand_decoders_through_all_phases(network: Network, batch: Batch, rules: list[type], device: str) -> None:
+    check_pipeline(network, batch, rules, device)
 
 
 def check_repeated(network: Network, batch: Batch, rules: Sequence[type]) -> None:
