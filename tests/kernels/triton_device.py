@@ -14,6 +14,11 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+NARROW = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
+"""what NumPy does not have, by Triton's names"""
+TORCH_DTYPES = {**NARROW, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+UNSIGNED = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32, 64: torch.uint64}
+
 
 @contextmanager
 def kernels_for_device() -> Iterator[None]:
@@ -51,7 +56,8 @@ def _interpret_library() -> None:
 
 
 def _mend(interpreter) -> None:
-    """NumPy 2.4 takes no `[1]` array for an index, and the interpreter multiplies bfloat16 matrices as if integers."""
+    """NumPy 2.4 takes no `[1]` array for an index, and the interpreter multiplies bfloat16 matrices as if integers. Its
+    roundings truncate, or lose what they carry into the exponent: torch rounds as a GPU does."""
     patch_tensor = interpreter._patch_lang_tensor
     create_dot = interpreter.InterpreterBuilder.create_dot
 
@@ -59,14 +65,19 @@ def _mend(interpreter) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def convert(data, source, target, _rounding_mode):
+        values = torch.from_numpy(np.array(data)).view(TORCH_DTYPES[source.name])
+        return values.to(TORCH_DTYPES[target.name]).view(UNSIGNED[target.primitive_bitwidth]).numpy()
+
     def widen(handle):
-        if handle.dtype != triton.language.bfloat16:
+        if handle.dtype.name not in NARROW:
             return handle
-        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        wide = convert(handle.data, handle.dtype, triton.language.float32, None).view(np.float32)
         return interpreter.TensorHandle(wide, triton.language.float32)
 
     def create_wide_dot(self, left, right, *rest):
         return create_dot(self, widen(left), widen(right), *rest)
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
+    interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = create_wide_dot
