@@ -99,7 +99,7 @@ def float8_product(
         return result.to(dtype)
     product = torch._scaled_mm(input, weight.t(), unit, unit, out_dtype=torch.bfloat16, use_fast_accum=True)
     apply_scales[(rows, triton.cdiv(features, BLOCK))](
-        product, input_scale, scale, product if bias is None else bias, product,
+        product, input_scale, scale.contiguous(), product if bias is None else bias.contiguous(), product,
         SCALES=scale.numel(), HAS_BIAS=bias is not None, WIDTH=features, BLOCK=BLOCK,
     )  # fmt: skip
     return product

@@ -6,6 +6,8 @@ and the gate behind as kernels of their own. One row of 16 bits takes its norm i
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
@@ -35,7 +37,7 @@ def linear(
         result = _float8(*quantised(rows), weight, bias, scale, input.dtype, unit, gated=False)
     else:
         result = _product(rows, _widened(weight, scale, input.dtype), bias, gated=False)
-    return result.view(*input.shape[:-1], -1)
+    return result.view(*input.shape[:-1], result.shape[1])
 
 
 def norm_linear(
@@ -62,13 +64,12 @@ def norm_linear(
         normed, total = add_rms_norm(rows, others, norm_weight, eps)
         weight = weight if scale is None else _widened(weight, scale, input.dtype)
         result = _product(normed, weight, bias, gated=gated)
-    return result.view(*input.shape[:-1], -1), total.view(input.shape)
+    return result.view(*input.shape[:-1], result.shape[1]), total.view(input.shape)
 
 
 def _rows(input: torch.Tensor) -> torch.Tensor:
     """`[M, K]`"""
-    depth = input.shape[-1]
-    return input.reshape(input.numel() // depth if depth else 0, depth)
+    return input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
 
 
 def _is_skinny(rows: torch.Tensor, weight: torch.Tensor, most: int) -> bool:

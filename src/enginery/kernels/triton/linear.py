@@ -80,9 +80,10 @@ def finish(
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_rows(
-    input, residual, norm_weight, weight, scale, bias, output, total, rows, features, input_stride, residual_stride,
-    eps, DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    input, residual, norm_weight, weight, scale, input_scale, bias, output, total, rows, features, input_stride,
+    residual_stride, eps,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, SCALES: tl.constexpr, INPUT_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_N features: products in float32 registers, summed over the depth at the end.
 
@@ -110,7 +111,10 @@ def linear_rows(
     result = tl.sum(sums, 2)
     if NORM:
         result *= tl.rsqrt(tl.sum(squares, 1) / DEPTH + eps)[:, None]
-    finish(output, result, scale, scale, bias, rows, features, source, ROWS, BLOCK_N, GATED, SCALES, False, HAS_BIAS)
+    finish(
+        output, result, scale, input_scale, bias, rows, features, source,
+        ROWS, BLOCK_N, GATED, SCALES, INPUT_SCALES, HAS_BIAS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -188,38 +192,37 @@ def skinny_linear(
 ) -> torch.Tensor:
     """input `[M, K]`, M ≤ 64; weight `[N, K]` -> input · (weight · scale)ᵀ + bias `[N]`, `[M, N]`, summed in float32.
 
-    Both are contiguous and of one dtype. Those of float8_e4m3fn have float32 scales: the weight's `[1]` or `[N]`,
-    `input_scale` `[M]`; the result then has `dtype`. `gated`: silu(first half) · second half of the features,
-    `[M, N / 2]`.
+    The weight is contiguous; both have one dtype. Those of float8_e4m3fn have float32 scales: the weight's `[1]` or
+    `[N]`, `input_scale` `[M]`; the result then has `dtype`, and tensor cores may keep less than float32 of the sums
+    (an H100: 14 bits). `gated`: silu(first half) · second half of the features, `[M, N / 2]`.
     """
     rows, depth = input.shape
     features = weight.shape[0] // 2 if gated else weight.shape[0]
     input = input if input.stride(1) == 1 else input.contiguous()
     output = input.new_empty(rows, features, dtype=dtype or input.dtype)
     tiles = tiles or choose_tiles(rows, weight.shape[0], weight.element_size(), shared_memory_of(input.device))
-    # A kernel needs a pointer where there is no scale or bias, too; it is never followed.
-    scale, has_scale = (input, False) if scale is None else (scale, True)
     common: dict[str, int] = {
         "DEPTH": depth,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "STAGES": tiles.num_stages,
         "GATED": gated,
-        "SCALES": scale.numel() if has_scale else 0,
+        "SCALES": 0 if scale is None else scale.numel(),
+        "INPUT_SCALES": input_scale is not None,
         "HAS_BIAS": bias is not None,
         "num_warps": tiles.num_warps,
     }
     grid = (triton.cdiv(weight.shape[0], tiles.block_n),)
-    bias = input if bias is None else bias
+    # A kernel needs a pointer where there is no scale or bias, too; it is never followed.
+    scale, input_scale, bias = (input if each is None else each.contiguous() for each in (scale, input_scale, bias))
     if tiles.kernel == "rows":
         linear_rows[grid](
-            input, input, input, weight, scale, bias, output, output, rows, features, input.stride(0), 0, 0.0,
-            ROWS=triton.next_power_of_2(rows), NORM=False, **common,
+            input, input, input, weight, scale, input_scale, bias, output, output, rows, features, input.stride(0),
+            0, 0.0, ROWS=triton.next_power_of_2(rows), NORM=False, **common,
         )  # fmt: skip
     else:
         linear_tiles[grid](
-            input, weight, scale, input if input_scale is None else input_scale, bias, output, rows, features,
-            input.stride(0), ROWS=padded(rows), INPUT_SCALES=input_scale is not None,
+            input, weight, scale, input_scale, bias, output, rows, features, input.stride(0), ROWS=padded(rows),
             PRECISION="ieee" if input.dtype == torch.float32 else "tf32", **common,
         )  # fmt: skip
     return output
@@ -245,10 +248,11 @@ def skinny_norm_linear(
     input, residual = (each if each.stride(1) == 1 else each.contiguous() for each in (input, residual))
     output, total = input.new_empty(rows, features), input.new_empty(rows, depth)
     linear_rows[(triton.cdiv(weight.shape[0], tiles.block_n),)](
-        input, residual, norm_weight.contiguous(), weight, input, input if bias is None else bias, output, total,
-        rows, features, input.stride(0), residual.stride(0), eps,
+        input, residual, norm_weight.contiguous(), weight, input, input,
+        input if bias is None else bias.contiguous(), output, total, rows, features, input.stride(0),
+        residual.stride(0), eps,
         DEPTH=depth, ROWS=triton.next_power_of_2(rows), BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        STAGES=tiles.num_stages, NORM=True, GATED=gated, SCALES=0, HAS_BIAS=bias is not None,
+        STAGES=tiles.num_stages, NORM=True, GATED=gated, SCALES=0, INPUT_SCALES=False, HAS_BIAS=bias is not None,
         num_warps=tiles.num_warps,
     )  # fmt: skip
     return output, total
