@@ -15,10 +15,15 @@ from enginery.kernels.triton.float8 import MULTIPLE, float8_product, quantised
 from enginery.kernels.triton.linear import skinny_linear, skinny_norm_linear
 from enginery.kernels.triton.silu_mul import silu_mul
 
-MOST_ROWS = 32
-"""Above this, cuBLAS is taken: more rows are not bound by the bytes of the weight alone."""
 MOST_NORMED_ROWS = 1
 """Above this, a norm has a kernel of its own."""
+WIDE = 8192
+"""A weight of more features than this is cut into so many programs that they keep up with cuBLAS for longer."""
+
+
+def most_rows(weight: torch.Tensor) -> int:
+    """Above this, cuBLAS is taken: more rows are not bound by the bytes of the weight alone, as measured on an H200."""
+    return 64 if weight.element_size() == 1 or weight.shape[0] > WIDE else 32
 
 
 def linear(
@@ -78,7 +83,7 @@ def _is_skinny(rows: torch.Tensor, weight: torch.Tensor, most: int) -> bool:
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
-    if _is_skinny(rows, weight, MOST_ROWS):
+    if _is_skinny(rows, weight, most_rows(weight)):
         return skinny_linear(rows, weight, bias, gated=gated)
     result = torch.nn.functional.linear(rows, weight, bias)
     return silu_mul(result) if gated else result
@@ -95,7 +100,7 @@ def _float8(
     *,
     gated: bool,
 ) -> torch.Tensor:
-    if rows.shape[0] <= MOST_ROWS:
+    if rows.shape[0] <= most_rows(weight):
         return skinny_linear(rows, weight, bias, scale, input_scale=row_scale, dtype=dtype, gated=gated)
     result = float8_product(rows, row_scale, weight, scale, bias, dtype, unit)
     return silu_mul(result) if gated else result

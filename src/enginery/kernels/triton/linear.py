@@ -158,7 +158,7 @@ def shared_memory_of(device: torch.device) -> int:
 
 
 def choose_tiles(rows: int, features: int, itemsize: int = 2, shared_memory: int = H200_SHARED_MEMORY) -> Tiles:
-    """The fastest tiles found on an H200, for up to 16 rows (`benchmarks/gpu_kernels.py --tune`).
+    """The fastest tiles found on an H200 (`benchmarks/gpu_kernels.py --tune`); `itemsize`: bytes of a number.
 
     A program of 64 features streams its weights through stages of 16 KiB, and its rows through stages of 4 KiB for
     every 16. The fewer programs there are for a multiprocessor, the more stages each needs to keep the memory busy.
@@ -166,11 +166,13 @@ def choose_tiles(rows: int, features: int, itemsize: int = 2, shared_memory: int
     if rows == 1 and features <= 4096 and itemsize > 1:
         return Tiles("rows", 8, 1024 // itemsize, 4, 3)
     stages = 8 if features <= 4096 else 6 if features <= 8192 else 4
-    fitting = shared_memory // ((64 + padded(rows)) * 256)
-    return Tiles("tiles", 64, 256 // itemsize, 4, max(2, min(stages, fitting)))
+    fitting = {width: shared_memory // ((width + padded(rows)) * 256) for width in (64, 128)}
+    if rows > 16 and features > 8192 and itemsize > 1 and fitting[128] >= stages:
+        return Tiles("tiles", 128, 256 // itemsize, 8, stages)
+    return Tiles("tiles", 64, 256 // itemsize, 4, max(2, min(stages, fitting[64])))
 
 
-NORM_TILES = Tiles("rows", 8, 512, 4, 4)
+NORM_TILES = Tiles("rows", 16, 256, 4, 4)
 """For a norm before the product, on one row."""
 
 
