@@ -148,7 +148,7 @@ def _norm_linear(layer: Layer, layout: Layout, step: Step) -> int:
 
 _PRODUCTS: Mapping[str, Rule] = MappingProxyType(
     {
-        **dict.fromkeys(("linear", "packed_linear", "float8_linear", "expert_linear"), _product(0)),
+        **dict.fromkeys(("linear", "packed_linear", "expert_linear"), _product(0)),
         "norm_linear": _norm_linear,
         **dict.fromkeys(("mm", "bmm", "matmul", "mv", "dot"), _product(0)),
         **dict.fromkeys(("addmm", "addmv", "baddbmm"), _product(1)),

@@ -10,7 +10,6 @@ from enginery.ops.add_rms_norm import ADD_RMS_NORM
 from enginery.ops.attention import ATTENTION
 from enginery.ops.declare import NAMESPACE, Op
 from enginery.ops.experts import EXPERT_LINEAR
-from enginery.ops.float8_linear import FLOAT8_LINEAR
 from enginery.ops.gpt_attention import GPT_ATTENTION
 from enginery.ops.linear import LINEAR, PACK_LINEAR, PACKED_EMBEDDING, PACKED_LINEAR, PANEL
 from enginery.ops.norm_linear import NORM_LINEAR
@@ -31,7 +30,6 @@ OPS: tuple[Op, ...] = (
     ROTARY_PAGED_ATTENTION,
     LINEAR,
     NORM_LINEAR,
-    FLOAT8_LINEAR,
 )
 
 attention = ATTENTION.overload
@@ -46,7 +44,6 @@ silu_mul = SILU_MUL.overload
 rotary_paged_attention = ROTARY_PAGED_ATTENTION.overload
 linear = LINEAR.overload
 norm_linear = NORM_LINEAR.overload
-float8_linear = FLOAT8_LINEAR.overload
 
 
 def reference(overload: torch._ops.OpOverload) -> Callable:
@@ -55,7 +52,7 @@ def reference(overload: torch._ops.OpOverload) -> Callable:
 
 
 __all__ = [
-    "NAMESPACE", "OPS", "PANEL", "Op", "add_rms_norm", "attention", "expert_linear", "float8_linear", "gpt_attention",
-    "linear", "norm_linear", "pack_linear", "packed_embedding", "packed_linear", "paged_attention", "reference",
+    "NAMESPACE", "OPS", "PANEL", "Op", "add_rms_norm", "attention", "expert_linear", "gpt_attention", "linear",
+    "norm_linear", "pack_linear", "packed_embedding", "packed_linear", "paged_attention", "reference",
     "rotary_paged_attention", "silu_mul",
 ]  # fmt: skip

@@ -17,9 +17,8 @@ def linear_reference(
     """input `[..., K]` · weight `[N, K]`ᵀ + bias `[N]` -> `[..., N]`: aten.linear, over weights of 8 bits too.
 
     With a scale, float32 `[N]` or `[1]`, the weight is float8_e4m3fn and stands for weight · scale. Then the product
-    is summed in float32 (float64 for float64) and rounded once, to the input's dtype; and a kernel may round the rows
-    of the input to float8, each with a scale max|row| / 448 of its own, where there are so many that the product is
-    bound by computing. The reference does not.
+    is summed in float32 (float64 for float64) and rounded once, to the input's dtype; and a kernel may round the input
+    to float8 before, each row by a scale of its own, max|row| / 448. The reference does not.
     """
     if scale is None:
         return torch.nn.functional.linear(input, weight, bias)

@@ -1,8 +1,8 @@
 """linear(x, W, b) = enginery::linear(x, W/t, b, t)   with t = max|W|/448 of each output
 
-Approximate on purpose: W/t is rounded to float8_e4m3fn, once, when weights are bound. Activations stay as they are,
-except where the kernel multiplies 8-bit floats to be faster: with many rows it rounds each row x of the input by a
-scale max|x|/448 of its own (`enginery.ops.linear`).
+Approximate on purpose: W/t is rounded to float8_e4m3fn, once, when weights are bound. A kernel that multiplies 8-bit
+floats rounds its input too, each row x by a scale max|x|/448 of its own, in every step (`enginery.ops.linear`); the
+network says nothing of that.
 
 The head, whose rounding would go straight into the logits, and the routers of a mixture of experts stay as they are.
 """
