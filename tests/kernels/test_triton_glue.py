@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from enginery.ops.add_rms_norm import add_rms_norm_reference
-from enginery.ops.rotary_paged_attention import rotate as rotate_reference
 from enginery.ops.silu_mul import silu_mul_reference
 
 from .triton_device import DEVICE, kernels_for_device
 
 with kernels_for_device():
-    from enginery.kernels.triton import add_rms_norm, rotary, silu_mul
+    from enginery.kernels.triton import add_rms_norm, silu_mul
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -55,19 +54,7 @@ def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     close(silu_mul.silu_mul(gate_up), silu_mul_reference(gate_up.double()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (9, 3, 20), (8, 8, 128)], ids=str)
-def test_rotation_of_slices_of_one_projection(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
-    qkv = randn(5, (heads + 2 * kv_heads) * size, dtype=dtype)
-    query, key, _ = qkv.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
-    query, key = query.view(5, heads, size), key.view(5, kv_heads, size)
-    cos, sin = randn(5, size, dtype=dtype), randn(5, size, dtype=dtype)
-    for rotated, source in zip(rotary.rotate(query, key, cos, sin), (query, key), strict=True):
-        close(rotated, rotate_reference(source.double(), cos.double(), sin.double()))
-
-
 def test_nothing_to_do() -> None:
     empty = torch.empty(0, 2, 16, device=DEVICE)
     assert add_rms_norm.add_rms_norm(empty, empty, torch.ones(16, device=DEVICE), 1e-5)[0].shape == empty.shape
     assert silu_mul.silu_mul(empty).shape == (0, 2, 8)
-    assert rotary.rotate(empty, empty, empty[:, 0], empty[:, 0])[0].shape == empty.shape

@@ -9,9 +9,10 @@ Two kernels share the batch by the number of a sequence's new tokens, which only
   window hides are skipped. New keys are read where the projections left them, cached ones through the table.
 
 Where there are as many tokens as sequences (T = S: decoding), only *short* runs, and it writes the cache too: the new
-tokens go through registers on their way there. Otherwise `write_cache` comes first. Every grid follows from shapes,
-nothing is read on the host, so a call can be captured in a CUDA graph. Either plan is right for any batch; T = S with
-long chunks among empty sequences is merely slow.
+tokens go through registers on their way there. Otherwise `write_cache` comes first. With rotary embedding a kernel
+turns what it reads; only *long* gets the new keys turned, for it reads them again and again. Every grid follows from
+shapes, nothing is read on the host, so a call can be captured in a CUDA graph. Either plan is right for any batch;
+T = S with long chunks among empty sequences is merely slow.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def paged_attention(
     """The contract of `enginery::paged_attention`, in 16 and 32 bits.
 
     `plan` overrides the choice of tiles. `angles`: tables cos and sin `[T, Dk]` by which queries and new keys are
-    turned on their way, for decoding only. `arrivals`: of `new_arrivals`; without, or with too few, a call has its own.
+    turned on their way. `arrivals`: of `new_arrivals`; without, or with too few, a call has its own.
     """
     query, key, value = rows_of(query), rows_of(key), rows_of(value)
     _check_layout("key_cache", key_cache)
@@ -187,21 +188,23 @@ def paged_attention(
         "HAS_SOFTCAP": softcap is not None,
         "HAS_SINKS": sinks is not None,
         "HAS_ALIBI": alibi_slopes is not None,
+        "ROTARY": angles is not None,
     }
     numbers = (scale, 0 if window is None else window, 1.0 if softcap is None else softcap)
     cache_strides = (key_cache.stride(0), value_cache.stride(0))
-    strides = (query.stride(0), key.stride(0), value.stride(0), block_tables.stride(0), *cache_strides)
     # A kernel needs a pointer where a feature is off, too; it is never followed.
     sinks = query if sinks is None else sinks
     alibi_slopes = query if alibi_slopes is None else alibi_slopes
     cos, sin = (query, query) if angles is None else angles
+    turned_key = key if angles is None or plan.decode else key.new_empty(key.shape)
+    strides = (value.stride(0), block_tables.stride(0), *cache_strides, cos.stride(0))
 
     if not plan.decode:
         write_cache[(tokens,)](
-            key, value, key_cache, value_cache, slot_mapping, query_start, output, sequences,
-            key.stride(0), value.stride(0), *cache_strides,
+            key, value, cos, sin, turned_key, key_cache, value_cache, slot_mapping, query_start, output, sequences,
+            key.stride(0), value.stride(0), cos.stride(0), *cache_strides,
             KV_HEADS=kv_heads, HEADS=heads, PADDED_HEADS=triton.next_power_of_2(kv_heads),
-            PADDED_OUTPUT=triton.next_power_of_2(heads * dv), **sizes,
+            PADDED_OUTPUT=triton.next_power_of_2(heads * dv), ROTARY=angles is not None, **sizes,
         )  # fmt: skip
     short_tokens = plan.short.block_m // groups
     rows = tokens if plan.decode else sequences * short_tokens
@@ -214,8 +217,8 @@ def paged_attention(
     attend_short[(kv_heads, sequences, plan.splits)](
         query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks,
         alibi_slopes, cos, sin, output, partial_sums, partial_stats, arrivals, sequences, rows,
-        *strides, cos.stride(0), *numbers,
-        ROTARY=angles is not None, BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
+        query.stride(0), key.stride(0), *strides, *numbers,
+        BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
         SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * padded_dv), PAGES=PAGES,
         PADDED_GROUPS=padded_groups, DECODE=plan.decode, OVERLAP=plan.overlap, launch_pdl=plan.overlap,
         **plan.short.options, **sizes, **features,
@@ -223,8 +226,8 @@ def paged_attention(
     if not plan.decode:
         long_tokens = plan.long.block_m // groups
         attend_long[(kv_heads, tokens // long_tokens + sequences)](
-            query, key, value, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes,
-            output, sequences, *strides, *numbers,
+            query, turned_key, value, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes,
+            cos, sin, output, sequences, query.stride(0), turned_key.stride(0), *strides, *numbers,
             BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
             PADDED_SEQUENCES=triton.next_power_of_2(sequences), SHORT=short_tokens,
             **plan.long.options, **sizes, **features,
