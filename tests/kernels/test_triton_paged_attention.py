@@ -205,6 +205,12 @@ def test_a_long_chunk_among_empty_sequences_is_still_right() -> None:
     check(Case(((10, 7), (3, 1)), empty=6))
 
 
+def test_more_ragged_prompts_than_programs() -> None:
+    """Two tiles for 9 tokens each, where the grid counts 9 / 8 and RAGGED."""
+    prompts = tuple((3 * i, 9) for i in range(2 * kernels.RAGGED))
+    check(Case(((9, 1), (0, 0), *prompts, (4, 2)), heads=2, kv_heads=1, empty=1))
+
+
 def test_no_sequences_give_zeros() -> None:
     tensors, _ = build(DECODE, seed=3)
     none = [tensor[:n] for tensor, n in zip(tensors[6:], (0, 1, 0), strict=True)]

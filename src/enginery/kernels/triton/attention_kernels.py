@@ -322,21 +322,25 @@ def attend_long(
 
     With ROTARY, queries are turned by the tables `cos` and `sin` `[T, DK]`; the keys are turned already.
 
-    The tiles of sequence s start at query_start[s] // BLOCK_Q + s: never fewer than it needs, T // BLOCK_Q + S in all.
+    There are at most T // BLOCK_Q + S tiles. The grid has programs for the usual number; they take turns if need be.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
     HEADS: tl.constexpr = KV_HEADS * GROUPS
     kv_head = tl.program_id(0)
-    # The last tiles of a sequence see the most keys: they start first, so that none is left over at the end.
-    tile_index = tl.num_programs(1) - 1 - tl.program_id(1)
     candidates = tl.arange(0, PADDED_SEQUENCES)
     starts = tl.load(query_start + candidates, candidates < num_sequences, other=0)
-    before = (starts // BLOCK_Q + candidates <= tile_index) & (candidates < num_sequences)
-    sequence = tl.sum(before.to(tl.int32), 0) - 1
-    begin = tl.load(query_start + sequence)
-    end = tl.load(query_start + sequence + 1)
-    first = (tile_index - begin // BLOCK_Q - sequence) * BLOCK_Q
-    if (end - begin > SHORT) & (begin + first < end):
+    lengths = tl.load(query_start + candidates + 1, candidates < num_sequences, other=0) - starts
+    tiles = tl.where(lengths > SHORT, tl.cdiv(lengths, BLOCK_Q), 0)
+    tiles_until = tl.cumsum(tiles, 0)
+    num_tiles = tl.sum(tiles, 0)
+    for place in range(tl.program_id(1), num_tiles, tl.num_programs(1)):
+        # The last tiles of a sequence see the most keys: they start first, so that none is left over at the end.
+        tile_index = num_tiles - 1 - place
+        before = tiles_until <= tile_index
+        sequence = tl.sum(before.to(tl.int32), 0)
+        first = (tile_index - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_Q
+        begin = tl.load(query_start + sequence)
+        end = tl.load(query_start + sequence + 1)
         context = tl.load(seq_lens + sequence) - (end - begin)
         rows = tl.arange(0, BLOCK_M)
         local_token = rows // GROUPS

@@ -28,6 +28,9 @@ from enginery.kernels.triton.attention_kernels import attend_long, attend_short,
 PAGES = 32
 """of a block table that a program of *short* loads at a time: one for each thread of a warp"""
 
+RAGGED = 8
+"""Tiles of queries that are not full for which *long* has programs: each prompt of a step ends in one."""
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -225,7 +228,7 @@ def paged_attention(
     )  # fmt: skip
     if not plan.decode:
         long_tokens = plan.long.block_m // groups
-        attend_long[(kv_heads, tokens // long_tokens + sequences)](
+        attend_long[(kv_heads, tokens // long_tokens + min(sequences, RAGGED))](
             query, turned_key, value, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes,
             cos, sin, output, sequences, query.stride(0), turned_key.stride(0), *strides, *numbers,
             BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
