@@ -53,7 +53,7 @@ INTO_LINEARS = ("FuseNormLinear", "FuseGate")
 
 FIRES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "llama": (
-        "MergeParallelLinears", "PackLinears", "GatherEarlier", *GLUE, "ScaleBeforeLinear", LAYOUT,
+        "MergeParallelLinears", "PackLinears", "GatherEarlier", "GatherInLastLayer", *GLUE, "ScaleBeforeLinear", LAYOUT,
         "CommonSubexpressions", "DropCasts", "DropIdentities", "ViewToReshape", "MergeReshapes", "PageAttention",
     ),
     "llama, tied": ("PackTiedEmbedding",),

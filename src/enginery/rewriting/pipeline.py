@@ -31,7 +31,7 @@ from enginery.rewriting.rules.fuse_add_norm import FuseAddNorm
 from enginery.rewriting.rules.fuse_norm_linear import FuseGate, FuseNormLinear
 from enginery.rewriting.rules.fuse_rotary import FuseRotary
 from enginery.rewriting.rules.fuse_silu_mul import FuseSiluMul
-from enginery.rewriting.rules.gather_logits import GatherEarlier, gather_output
+from enginery.rewriting.rules.gather_logits import GatherEarlier, GatherInLastLayer, gather_output
 from enginery.rewriting.rules.group_repeated_heads import GroupRepeatedHeads
 from enginery.rewriting.rules.linear_from_matmul import BiasIntoLinear, LinearFromMatmul
 from enginery.rewriting.rules.merge_factors import MergeFactors
@@ -126,6 +126,8 @@ PHASES: tuple[Phase, ...] = (
     Phase(
         "last-token gather",
         (GatherEarlier,),
+        optional=(GatherInLastLayer,),
+        on_gpu=(GatherInLastLayer,),
         prepare=lambda network, config: gather_output(network),
     ),
     Phase("fuse linears", optional=FUSED_LINEARS, on_gpu=FUSED_LINEARS),

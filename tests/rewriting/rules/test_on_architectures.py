@@ -26,7 +26,7 @@ FIRES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     ),
     "llama_tied": ("PackTiedEmbedding", "MergeParallelLinears"),
     "phi3": ("FuseSiluMul",),
-    "gemma": ("FuseAddNorm", "ScalarsToNumbers", "ScaleBeforeLinear"),
+    "gemma": ("FuseAddNorm", "GatherInLastLayer", "ScalarsToNumbers", "ScaleBeforeLinear"),
     "granite": ("ScaleBeforeLinear", "ScaleIntoEmbedding", "ScaleIntoLinear"),
     "minicpm3": ("MergeFactors", "ScaleIntoEmbedding"),
     "opt": ("NormIntoLinear", "ScaleIntoAttention", "MergeParallelLinears"),

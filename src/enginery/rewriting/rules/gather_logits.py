@@ -1,9 +1,9 @@
 """f(x)[i] = f(x[i])   for an f that treats each token by itself
 
-Logits are wanted for few tokens of a step. `gather_output` asks for those alone; the rule moves the choice up, before
-the head, the final norm, and the last layer's MLP and output projection, to where tokens meet: the last attention.
-What only the chosen tokens need is computed for them alone. A value that something else reads too is computed as it
-was, and gathered: the residual stream, of which the last attention needs every token.
+Logits are wanted for few tokens of a step. `gather_output` asks for those alone; the rules move the choice up, before
+the head and the final norm, and then before the last layer's MLP and output projection: to where tokens meet, the last
+attention. What only the chosen tokens need is computed for them alone. A value that something else reads too is
+computed as it was, and gathered: the residual stream, of which the last attention needs every token.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from enginery.network import Dim, Layer, Network, Tensor
+from enginery.rewriting.expectations import block_of
 from enginery.rewriting.isolation import TOKENS, keeps_tokens_apart
 from enginery.rewriting.rule import MatchFailure, PatternRewriter
 
@@ -35,24 +36,50 @@ def gather_output(network: Network) -> None:
 
 
 class GatherEarlier(PatternRewriter):
+    """f(x)[i] = f(x[i]) for an f that treats each token by itself and belongs to no repeated layer"""
+
     pure = True
     root_layer = (aten.index_select.default,)
+    into_layers = False
 
     def match_and_rewrite(self, layer: Layer) -> Any:
         x, dim, indices = layer.args
         if indices.name != INDICES or _rows(x) != Rows(dim % x.rank, 1):
             return None
-        tail = _tail(layer)
+        tail = self._tail(layer)
         if all(moved.op._opname in RESHAPES for moved in tail):
             raise MatchFailure(f"{x.name} is read elsewhere too, or tokens meet in it")
         return _for_chosen_tokens(layer, tail)
 
+    def _tail(self, gather: Layer) -> list[Layer]:
+        """The layers that can be computed for the gathered tokens alone, in execution order."""
+        tail: dict[Layer, None] = {gather: None}
+        pending = _sources(gather)
+        while pending:
+            layer = max(pending, key=lambda layer: layer.order)  # those that read it have been looked at
+            pending.remove(layer)
+            reachable = self.into_layers or not block_of(layer.module_path)
+            if reachable and all(user in tail for user in layer.users) and _treats_tokens_alike(layer):
+                tail[layer] = None
+                pending |= _sources(layer)
+        return list(tail)[:0:-1]
+
+
+class GatherInLastLayer(GatherEarlier):
+    """f(x)[i] = f(x[i]) for the f between the last attention and the head
+
+    The last layer is then unlike the others, and compiled for itself.
+    """
+
+    benefit = 1  # first: it takes what the other would take, and in one piece
+    into_layers = True
+
 
 class Rows(NamedTuple):
-    """Where a value has its tokens: `count` rows for each along an axis, those of one token side by side."""
+    """Where a value has its tokens: `per_token` rows for each along an axis, those of one token side by side."""
 
     axis: int
-    count: int
+    per_token: int
 
 
 def _rows(tensor: Tensor) -> Rows | None:
@@ -67,17 +94,8 @@ def _rows(tensor: Tensor) -> Rows | None:
     return Rows(axes[0], count)
 
 
-def _tail(gather: Layer) -> list[Layer]:
-    """The layers that can be computed for the gathered tokens alone, in execution order."""
-    tail: dict[Layer, None] = {gather: None}
-    pending = {tensor.parent for tensor in gather.inputs if tensor.parent is not None}
-    while pending:
-        layer = max(pending, key=lambda layer: layer.order)  # those that read it have been looked at
-        pending.remove(layer)
-        if all(user in tail for user in layer.users) and _treats_tokens_alike(layer):
-            tail[layer] = None
-            pending |= {tensor.parent for tensor in layer.inputs if tensor.parent is not None}
-    return list(tail)[:0:-1]
+def _sources(layer: Layer) -> set[Layer]:
+    return {tensor.parent for tensor in layer.inputs if tensor.parent is not None}
 
 
 def _treats_tokens_alike(layer: Layer) -> bool:
@@ -94,7 +112,7 @@ def _treats_tokens_alike(layer: Layer) -> bool:
         return False
     if layer.op._opname in RESHAPES:
         return _before_rows(layer.inputs[0]) == _before_rows(layer.output)
-    return len({rows.count for rows in (*operands, *results) if rows is not None}) == 1
+    return len({rows.per_token for rows in (*operands, *results) if rows is not None}) == 1
 
 
 def _before_rows(tensor: Tensor) -> Any:
@@ -129,8 +147,8 @@ def _gathered(tensor: Any, indices: Any) -> Any:
     rows = _rows(tensor)
     if rows is None:
         return tensor
-    if rows.count == 1:
+    if rows.per_token == 1:
         return torch.index_select(tensor, rows.axis, indices)
     before, after = tensor.shape[: rows.axis], tensor.shape[rows.axis + 1 :]
-    by_token = tensor.reshape([*before, Dim.symbol(TOKENS), rows.count, *after])
-    return torch.index_select(by_token, rows.axis, indices).reshape([*before, indices.shape[0] * rows.count, *after])
+    by_token = tensor.reshape([*before, Dim.symbol(TOKENS), rows.per_token, *after])
+    return torch.index_select(by_token, rows.axis, indices).reshape([*before, indices.shape[0] * rows.per_token, *after])
