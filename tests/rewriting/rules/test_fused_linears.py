@@ -204,8 +204,8 @@ def test_on_a_cpu_they_wait_to_be_asked(llama: Network) -> None:
     def fused(*rules: PatternRewriter) -> int:
         network = llama.copy()
         run_phases(network, PipelineConfig(rules=rules))
-        return sum(layer.op._opname == "norm_linear" for layer in network)
+        return sum(layer.op._opname == "norm_linear" and "layers" in layer.module_path for layer in network)
 
     assert fused() == fused(QuantiseLinears()) == 0
-    assert fused(*(rule() for rule in FUSED_LINEARS)) == 8
-    assert fused(QuantiseLinears(), *(rule() for rule in FUSED_LINEARS)) == 8
+    assert fused(*(rule() for rule in FUSED_LINEARS)) == 7
+    assert fused(QuantiseLinears(), *(rule() for rule in FUSED_LINEARS)) == 7
