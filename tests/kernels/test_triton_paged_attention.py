@@ -123,13 +123,6 @@ def test_splits_of_the_keys_change_nothing(case: Case, splits: int) -> None:
     check(case, plan(splits, decode=case is DECODE))
 
 
-@pytest.mark.parametrize(("splits", "block_n"), [(1, 16), (1, 32), (2, 16)])
-def test_long_tables_are_loaded_in_parts(splits: int, block_n: int) -> None:
-    assert kernels.PAGES * BLOCK < 700
-    case = Case(((700, 1), (1100, 1), (512, 1)), heads=2, kv_heads=1, window=900)
-    check(case, plan(splits, decode=True, block_n=block_n))
-
-
 @pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
 def test_calls_share_their_counters(case: Case) -> None:
     """Whatever the batch, the counters are zero again after a call, for the next one."""

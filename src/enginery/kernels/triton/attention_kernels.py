@@ -6,17 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from enginery.kernels.triton.online_softmax import (
-    DENSE,
-    EMPTY,
-    LOG2_E,
-    TABLE,
-    attend_one,
-    attend_range,
-    attend_tiles,
-    load_pages,
-    load_rows,
-)
+from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E, attend_one, attend_range, attend_tiles, load_rows
 
 BATCH_SIZES = ["num_sequences", "partial_rows", "table_stride"]
 """Arguments that change from step to step: compiling for their divisibility would stall a server."""
@@ -155,7 +145,7 @@ def attend_short(
     scale, window, softcap,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGES: tl.constexpr, PADDED_GROUPS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PARTS: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, PARTS: tl.constexpr,
     DECODE: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -202,30 +192,11 @@ def attend_short(
         visible = context
         if HAS_WINDOW:
             visible = tl.minimum(context, window)
-        blocks = tl.cdiv(visible, BLOCK_N)
-        splits = tl.maximum(tl.cdiv(blocks, tl.maximum(tl.cdiv(blocks, SPLITS), SHARE)), 1)
+        splits = tl.minimum(tl.maximum(tl.cdiv(visible, SHARE * BLOCK_N), 1), SPLITS)
         if split >= splits:
             stop = begin
 
     for first in range(begin, stop, BLOCK_Q):
-        lowest = 0
-        if HAS_WINDOW:
-            lowest = tl.maximum(context + (first - begin) - window + 1, 0)
-        first_block = lowest // BLOCK_N
-        share = tl.cdiv(tl.cdiv(context, BLOCK_N) - first_block, splits)
-        low = (first_block + split * share) * BLOCK_N
-        high = tl.minimum(low + share * BLOCK_N, context)
-
-        # Asked for before the queries and used after them, so that nobody waits.
-        pages = load_pages(table, low, high, BLOCK_SIZE, PAGES)
-        source = begin.to(tl.int64)
-        slot = tl.load(slot_mapping + source).to(tl.int64)
-        new_value = tl.load(new_values + source * value_stride, in_value, other=0.0)
-        new_key = load_head(
-            new_keys + source * key_stride, key_columns, in_key, cos + source * angle_stride,
-            sin + source * angle_stride, ROTARY, DK,
-        )  # fmt: skip
-
         token = (first + local_token).to(tl.int64)
         owned = (local_token < BLOCK_Q) & (token < end)
         positions = context + (first - begin) + local_token
@@ -236,25 +207,38 @@ def attend_short(
         sums = tl.zeros([BLOCK_M, PADDED_DV], tl.float32)
         maximum = tl.full([BLOCK_M], EMPTY, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+        lowest = 0
+        if HAS_WINDOW:
+            lowest = tl.maximum(context + (first - begin) - window + 1, 0)
+
         if HAS_SINKS and split == splits - 1:
             maximum = tl.load(sinks + head).to(tl.float32) * LOG2_E
             total += 1.0
+        # Asked for before the cached keys and used after them, so that nobody waits.
+        source = begin.to(tl.int64)
+        new_key = load_head(
+            new_keys + source * key_stride, key_columns, in_key, cos + source * angle_stride,
+            sin + source * angle_stride, ROTARY, DK,
+        )  # fmt: skip
+        new_value = tl.load(new_values + source * value_stride, in_value, other=0.0)
 
+        first_block = lowest // BLOCK_N
+        blocks = tl.cdiv(context, BLOCK_N) - first_block
+        share = tl.cdiv(blocks, splits)
+        low = (first_block + split * share) * BLOCK_N
+        high = tl.minimum(low + share * BLOCK_N, context)
         # Masked throughout: a second loop for the ragged end would pay for filling its pipeline again.
-        for start in range(low, high, PAGES * BLOCK_SIZE):
-            until = tl.minimum(start + PAGES * BLOCK_SIZE, high)
-            following_pages = load_pages(table, until, high, BLOCK_SIZE, PAGES)
-            sums, maximum, total = attend_tiles(
-                sums, maximum, total, tile, positions, slopes, keys, values, pages,
-                key_block_stride, value_block_stride, start, until, lowest, until, scale, window, softcap,
-                DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
-                PAGES, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
-            )  # fmt: skip
-            pages = following_pages
+        sums, maximum, total = attend_tiles(
+            sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
+            low, high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+            True, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        )  # fmt: skip
 
         if split == splits - 1:
             for age in range(tl.minimum(first + BLOCK_Q, end) - begin):
+                source = (begin + age).to(tl.int64)
                 if DECODE:
+                    slot = tl.load(slot_mapping + source).to(tl.int64)
                     block, within = slot // BLOCK_SIZE, slot % BLOCK_SIZE
                     tl.store(keys + block * key_block_stride + within * DK + key_columns, new_key, in_key & (slot >= 0))
                     place = values + block * value_block_stride + within * DV + value_columns
@@ -263,9 +247,8 @@ def attend_short(
                     sums, maximum, total, tile, positions, slopes, new_key, new_value, context + age,
                     scale, window, softcap, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
                 )  # fmt: skip
-                following = (begin + age + 1).to(tl.int64)
-                more = following < end
-                slot = tl.load(slot_mapping + following, more, other=-1).to(tl.int64)
+                more = source + 1 < end
+                following = source + 1
                 new_key = load_head(
                     new_keys + following * key_stride, key_columns, in_key & more, cos + following * angle_stride,
                     sin + following * angle_stride, ROTARY, DK,
@@ -375,7 +358,7 @@ def attend_long(
             sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
             lowest // BLOCK_N * BLOCK_N, context, lowest, context + first, context + first + BLOCK_Q - 1,
             scale, window, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, TABLE, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
         # The new tokens are read where the projections left them: side by side, without a table.
         keys = key + begin.to(tl.int64) * key_stride + kv_head * DK
@@ -384,7 +367,7 @@ def attend_long(
         sums, maximum, total = attend_range(
             sums, maximum, total, tile, first + local_token, slopes, keys, values, table, key_stride, value_stride,
             lowest_new // BLOCK_N * BLOCK_N, high, lowest_new, first, first + BLOCK_Q - 1, scale, window, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, DENSE, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, False, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
         result = (sums / total[:, None]).to(output.dtype.element_ty)
         store_rows(output, (token * HEADS + head) * DV, value_columns, result, owned, DV)

@@ -14,9 +14,6 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 # A finite stand-in for −inf: differences of two empty maxima stay 0 instead of NaN.
 EMPTY = tl.constexpr(-1.0e30)
-# Where keys lie, instead of a number of pages.
-DENSE = tl.constexpr(0)
-TABLE = tl.constexpr(-1)
 
 
 @triton.jit
@@ -30,34 +27,6 @@ def load_rows(pointer, offsets, columns, inside, ROW: tl.constexpr, PADDED: tl.c
     if ROW == PADDED:
         return tl.load(pointers)
     return tl.load(pointers, mask=(columns < ROW)[None, :], other=0.0)
-
-
-@triton.jit
-def load_pages(table, start, stop, BLOCK_SIZE: tl.constexpr, PAGES: tl.constexpr):
-    """The blocks that hold the keys start..stop of a sequence, PAGES of them at most."""
-    page = start // BLOCK_SIZE + tl.arange(0, PAGES)
-    return tl.load(table + page, page < tl.cdiv(stop, BLOCK_SIZE), other=0)
-
-
-@triton.jit
-def name_blocks(
-    table, start, first, offsets, inside, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGES: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """The blocks of the keys at `offsets`, the BLOCK_N from `first` on: one for all if that is a page."""
-    # With PAGES: a load in the loop would have to arrive before those of the keys could be asked for.
-    if PAGES > 0 and BLOCK_N == BLOCK_SIZE:
-        blocks = tl.sum(tl.where(tl.arange(0, PAGES) == (first - start) // BLOCK_SIZE, table, 0), 0)
-    elif PAGES > 0:
-        is_of = tl.arange(0, PAGES)[None, :] == ((offsets - start) // BLOCK_SIZE)[:, None]
-        blocks = tl.sum(tl.where(is_of, table[None, :], 0), 1)
-    elif BLOCK_N == BLOCK_SIZE:
-        blocks = tl.load(table + first // BLOCK_SIZE)
-    elif MASKED:
-        blocks = tl.load(table + offsets // BLOCK_SIZE, mask=inside, other=0)
-    else:
-        blocks = tl.load(table + offsets // BLOCK_SIZE)
-    return blocks.to(tl.int64)
 
 
 @triton.jit
@@ -90,14 +59,13 @@ def attend_tiles(
     start, stop, lowest, highest,
     scale, window, softcap,
     DK: tl.constexpr, DV: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys start..stop, BLOCK_N at a time, into the tile's state; `positions` count from the same origin.
 
-    `keys` and `values` point at this kv head's rows of block 0 and the strides are between blocks, which the TABLE of
-    the sequence names, or PAGES of it, from `start` on, that are loaded already. DENSE: the keys lie one after another
-    with a stride each. With MASKED, only keys in [lowest, highest) are read (what lies
+    PAGED: `keys` and `values` point at this kv head's rows of block 0 and the strides are between blocks; otherwise the
+    keys lie one after another with a stride each. With MASKED, only keys in [lowest, highest) are read (what lies
     beyond may be anything, NaN too) and each row sees those at or before its position and inside its window. Without,
     every key of the range must be visible to every row.
     """
@@ -107,8 +75,14 @@ def attend_tiles(
     for first in tl.range(start, stop, BLOCK_N):
         offsets = first + tl.arange(0, BLOCK_N)
         inside = (offsets >= lowest) & (offsets < highest)
-        if PAGES != DENSE:
-            blocks = name_blocks(table, start, first, offsets, inside, BLOCK_N, BLOCK_SIZE, PAGES, MASKED)
+        if PAGED:
+            if BLOCK_N == BLOCK_SIZE:
+                # One page: a scalar names it, and all addresses follow.
+                blocks = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
+            elif MASKED:
+                blocks = tl.load(table + offsets // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+            else:
+                blocks = tl.load(table + offsets // BLOCK_SIZE).to(tl.int64)
             key_rows = blocks * key_stride + offsets % BLOCK_SIZE * DK
             value_rows = blocks * value_stride + offsets % BLOCK_SIZE * DV
         else:
@@ -140,7 +114,7 @@ def attend_range(
     low, high, lowest, first_position, last_position,
     scale, window, softcap,
     DK: tl.constexpr, DV: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
     """`attend_tiles` over [low, high), low a multiple of BLOCK_N, with masks only at the edges that need them.
@@ -155,17 +129,17 @@ def attend_range(
         sums, maximum, total = attend_tiles(
             sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
             low, clear_low, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
-            PAGES, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+            PAGED, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
     sums, maximum, total = attend_tiles(
         sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
         clear_low, clear_high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
-        PAGES, False, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        PAGED, False, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
     )  # fmt: skip
     return attend_tiles(
         sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
         clear_high, high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
-        PAGES, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+        PAGED, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
     )  # fmt: skip
 
 

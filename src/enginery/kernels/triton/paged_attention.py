@@ -25,9 +25,6 @@ import triton
 from enginery.errors import UnsupportedError
 from enginery.kernels.triton.attention_kernels import attend_long, attend_short, write_cache
 
-PAGES = 32
-"""of a block table that a program of *short* loads at a time: one for each thread of a warp"""
-
 RAGGED = 8
 """Tiles of queries that are not full for which *long* has programs: each prompt of a step ends in one."""
 
@@ -222,7 +219,7 @@ def paged_attention(
         alibi_slopes, cos, sin, output, partial_sums, partial_stats, arrivals, sequences, rows,
         query.stride(0), key.stride(0), *strides, *numbers,
         BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
-        SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * padded_dv), PAGES=PAGES,
+        SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * padded_dv),
         PADDED_GROUPS=padded_groups, DECODE=plan.decode, OVERLAP=plan.overlap, launch_pdl=plan.overlap,
         **plan.short.options, **sizes, **features,
     )  # fmt: skip
