@@ -43,8 +43,8 @@ class LogitsPlan:
     choices: np.ndarray | None = None
     """`[R]` int64, the completion's index, where it is not the sequence's own"""
     prompts: list[PromptRows] = field(default_factory=list)
-    forks: bool = False
-    """Some sequence is about to."""
+    branches: bool = False
+    """Which sequences go on is not known before the tokens are: some sequence forks, or is a beam."""
 
 
 @dataclass(slots=True)
@@ -102,13 +102,15 @@ class Batch:
         sequences = schedule.sequences
         rows = np.array([sequence.row for sequence in sequences], np.int64)
         starts = np.array([sequence.num_computed for sequence in sequences], np.int64)
-        counts = np.array(schedule.num_new, np.int64)
-        lengths = starts + counts
-        query_start = np.zeros(len(sequences) + 1, np.int32)
-        np.cumsum(counts, out=query_start[1:])
         if schedule.num_tokens == len(sequences):
+            query_start = np.arange(len(sequences) + 1, dtype=np.int32)
+            lengths = starts + 1
             token_rows, positions = rows, starts
         else:
+            counts = np.array(schedule.num_new, np.int64)
+            query_start = np.zeros(len(sequences) + 1, np.int32)
+            np.cumsum(counts, out=query_start[1:])
+            lengths = starts + counts
             token_rows = np.repeat(rows, counts)
             positions = np.arange(schedule.num_tokens) + np.repeat(starts - query_start[:-1], counts)
         used_blocks = -(-int(lengths.max()) // self._block_size)
@@ -130,8 +132,9 @@ class Batch:
     def _update_row(self, sequence: Sequence, first_changed: int) -> None:
         if first_changed == 0:
             self._bind(sequence)
-        blocks = sequence.blocks
-        self._block_tables[sequence.row, first_changed : len(blocks)] = blocks[first_changed:]
+        table = self._block_tables[sequence.row]
+        for index, block in enumerate(sequence.blocks[first_changed:], first_changed):
+            table[index] = block
 
     def _bind(self, sequence: Sequence) -> None:
         row = sequence.row
@@ -156,6 +159,7 @@ class Batch:
     def sampling_inputs(self, inputs: StepInputs, plan: LogitsPlan) -> SamplingInputs:
         rows = np.array([sequence.row for sequence in plan.sequences], np.int64)
         newest = plan.indices[plan.rows]
+        temperature = self._temperature[rows]
         choices = self._choice[rows] if plan.choices is None else plan.choices
         edits = EditsBuilder()
         for entry in np.flatnonzero(self._has_edits[rows]).tolist():
@@ -163,11 +167,11 @@ class Batch:
         is_identity = not plan.prompts and len(plan.rows) == len(plan.indices)
         return SamplingInputs(
             rows=None if is_identity else plan.rows,
-            temperature=self._temperature[rows],
+            temperature=temperature,
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
-            noise=uniform_noise(self._seed[rows], choices, inputs.positions[newest] + 1),
+            noise=uniform_noise(self._seed[rows], choices, inputs.positions[newest] + 1) if temperature.any() else np.zeros(len(rows)),
             num_logprobs=self._num_logprobs[rows],
             edits=edits.build(),
             pending=None if inputs.sampled is None else (inputs.sampled, inputs.sources[newest]),
@@ -189,8 +193,11 @@ def _token_ids(schedule: Schedule) -> list[int]:
 def _sources(sequences: list[Sequence], query_start: np.ndarray) -> np.ndarray:
     """`[T]` int64: a pending token, always the last of its sequence, by its place among the samples of the last step;
     -1: the host knows it."""
+    places = np.array([sequence.place if sequence.num_pending else -1 for sequence in sequences], np.int64)
+    if query_start[-1] == len(places):
+        return places
     sources = np.full(query_start[-1], -1, np.int64)
-    sources[query_start[1:] - 1] = [sequence.place if sequence.num_pending else -1 for sequence in sequences]
+    sources[query_start[1:] - 1] = places
     return sources
 
 
@@ -198,7 +205,8 @@ def _plan_logits(schedule: Schedule, query_start: np.ndarray) -> LogitsPlan:
     """Logits of the last known token of each sequence, and of whole prompts where their logprobs are wanted."""
     sequences = schedule.sequences
     ends = query_start[1:].astype(np.int64)
-    if not any(map(_is_special, sequences, schedule.num_new)):
+    shares = zip(sequences, schedule.num_new, strict=True)
+    if not [sequence for sequence, num_new in shares if not sequence.num_pending and _is_special(sequence, num_new)]:
         return LogitsPlan(ends - 1, sequences, np.arange(len(sequences)))
     indices: list[int] = []
     samples: list[tuple[Sequence, int, int]] = []  # with the row of its logits and its choice
@@ -220,18 +228,21 @@ def _plan_logits(schedule: Schedule, query_start: np.ndarray) -> LogitsPlan:
         rows=np.array([row for _, row, _ in samples], np.int64),
         choices=np.array([choice for _, _, choice in samples], np.int64),
         prompts=prompts,
-        forks=any(sequence.is_prefilling and sequence.request.num_choices > 1 for sequence, _, _ in samples),
+        branches=any(map(_branches, (sequence for sequence, _, _ in samples))),
     )
 
 
 def _is_special(sequence: Sequence, num_new: int) -> bool:
-    """Whether a sequence gives other logits than one row for itself: an unfinished prompt, a fork, prompt logprobs."""
-    if sequence.num_pending:
-        return False
-    if sequence.num_computed + num_new < len(sequence.token_ids):
+    """Whether a sequence does not just ask for its next token: an unfinished prompt, a fork, a beam, prompt logprobs."""
+    if sequence.num_computed + num_new < sequence.num_tokens:
         return True
+    return _branches(sequence) or (sequence.is_prefilling and sequence.request.wants_prompt_logprobs)
+
+
+def _branches(sequence: Sequence) -> bool:
+    """Whether the next token decides which sequences there are."""
     request = sequence.request
-    return not request.is_prefilled and (request.num_choices > 1 or request.wants_prompt_logprobs)
+    return bool(request.num_beam_candidates) or (sequence.is_prefilling and request.num_choices > 1)
 
 
 def uniform_noise(seeds: np.ndarray, choices: np.ndarray, positions: np.ndarray) -> np.ndarray:

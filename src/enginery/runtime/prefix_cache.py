@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as TokenSequence
-from dataclasses import dataclass
 from hashlib import blake2b
-from struct import pack
+from struct import Struct, pack
+from typing import NamedTuple
 
 from enginery.runtime.block_manager import BlockManager
 
 DIGEST_SIZE = 32
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     block: int
     parent: bytes
     tokens: tuple[int, ...]
@@ -34,7 +33,8 @@ class PrefixCache:
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
         self._blocks = blocks
-        self._key = os.urandom(DIGEST_SIZE)
+        self._keyed = blake2b(key=os.urandom(DIGEST_SIZE), digest_size=DIGEST_SIZE)
+        self._pack = Struct(f"<{blocks.block_size}q").pack
         self._entries: dict[bytes, _Entry] = {}
         self._digest_of: dict[int, bytes] = {}
         blocks.on_reuse = self._evict
@@ -48,7 +48,8 @@ class PrefixCache:
         return self._hash(b"".join(pack("<Q", len(part)) + part for part in parts))
 
     def digest(self, parent: bytes, tokens: TokenSequence[int]) -> bytes:
-        return self._hash(parent + pack(f"<{len(tokens)}q", *tokens))
+        """Of a full block."""
+        return self._hash(parent + self._pack(*tokens))
 
     def match(self, root: bytes, tokens: TokenSequence[int], max_tokens: int) -> tuple[list[int], list[bytes]]:
         """Blocks, and their digests, that hold the longest known prefix of `tokens[:max_tokens]`. Takes no
@@ -87,4 +88,6 @@ class PrefixCache:
         del self._entries[self._digest_of.pop(block)]
 
     def _hash(self, data: bytes) -> bytes:
-        return blake2b(data, key=self._key, digest_size=DIGEST_SIZE).digest()
+        hasher = self._keyed.copy()
+        hasher.update(data)
+        return hasher.digest()

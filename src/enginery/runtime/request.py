@@ -23,7 +23,7 @@ class Status(Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """What one caller asked for. It begins as one sequence, which is forked when the prompt has been computed."""
 
@@ -136,20 +136,6 @@ class Sequence:
         self.logprobs: list[PositionLogprobs] | None = None
         self.token_counts: TokenCounts | None = None
         """Kept where penalties need it."""
-
-    def append(self, token_id: int) -> None:
-        """Its next token, pending until now, which may end it."""
-        token_ids = self.token_ids
-        token_ids.append(token_id)
-        self.num_pending = 0
-        if self.token_counts is not None:
-            self.token_counts.add(token_id)
-        request = self.request
-        if token_id in request.stop_token_ids:
-            self.finish_reason = "stop"
-            self.stop_reason = token_id if token_id in request.params.stop_token_ids else None
-        elif len(token_ids) >= self.max_length:
-            self.finish_reason = "length"
 
     @property
     def num_tokens(self) -> int:

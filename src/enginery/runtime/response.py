@@ -95,6 +95,8 @@ def final_text(sequence: Sequence, token_ids: list[int], tokenizer: Tokenizer) -
 class Response:
     """All completions of one request, or its beam search."""
 
+    __slots__ = ("_completions", "_params", "_tokenizer", "follows_text", "is_streamed", "request", "search")
+
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.request = request
         self.search: BeamSearch | None = None

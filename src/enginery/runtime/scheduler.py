@@ -49,11 +49,6 @@ class Schedule:
     num_prompt_logits: int = 0
     """Rows of logits for prompt_logprobs."""
 
-    def add(self, sequence: Sequence, num_new: int) -> None:
-        self.sequences.append(sequence)
-        self.num_new.append(num_new)
-        self.num_tokens += num_new
-
     def each(self) -> list[Schedule]:
         """The share of each sequence, to be run by itself."""
         return [
@@ -99,34 +94,38 @@ class Scheduler:
             sequence.num_computed += num_new
 
     def publish(self, schedule: Schedule) -> None:
-        """The step was launched: its blocks that are full of known tokens become findable."""
-        if not self.cache.enabled:
-            return
-        size = self.limits.block_size
-        running = Status.RUNNING
-        for sequence in schedule.sequences:
-            if sequence.num_computed >= (len(sequence.digests) + 1) * size and sequence.status is running:
+        """The step was launched: blocks that are full of known tokens become findable, those of a prompt at once, later
+        ones when the sequence takes its next block."""
+        for sequence, _, _ in schedule.changes:
+            if sequence.status is Status.RUNNING:
                 self._publish(sequence)
 
     def _schedule_running(self, schedule: Schedule) -> None:
         """Running sequences in order, each at least one token while the budget lasts."""
-        most = self.limits.max_num_tokens
+        budget = self.limits.max_num_tokens
+        sequences, num_new = schedule.sequences, schedule.num_new
         for index, sequence in enumerate(self.running, 1):  # which loses its last ones where memory runs out
-            num_tokens = len(sequence.token_ids) + sequence.num_pending - sequence.num_computed
+            if budget == 0:
+                break
+            length = len(sequence.token_ids) + sequence.num_pending
+            num_computed = sequence.num_computed
+            if length >= sequence.max_length:
+                continue  # the pending token is its last
+            num_tokens = length - num_computed
             if num_tokens > 1:
                 # Leave every later sequence its next token, so that a long prompt does not stall those that stream.
-                budget = most - schedule.num_tokens - (len(self.running) - index)
-                num_tokens = self._within_prompt_logits(schedule, sequence, max(1, min(num_tokens, budget)))
+                num_tokens = max(1, min(num_tokens, budget - (len(self.running) - index)))
+                num_tokens = self._within_prompt_logits(schedule, sequence, num_tokens)
             if num_tokens <= 0:
                 continue
-            if sequence.num_pending and len(sequence.token_ids) + 1 >= sequence.max_length:
-                continue  # the pending token is its last
-            if sequence.num_computed + num_tokens <= sequence.num_writable or self._take_blocks(
+            if num_computed + num_tokens > sequence.num_writable and not self._take_blocks(
                 schedule, sequence, num_tokens
             ):
-                schedule.add(sequence, num_tokens)
-                if schedule.num_tokens >= most:
-                    break
+                continue
+            sequences.append(sequence)
+            num_new.append(num_tokens)
+            budget -= num_tokens
+        schedule.num_tokens = self.limits.max_num_tokens - budget
 
     def _admit(self, schedule: Schedule) -> None:
         """Waiting sequences in order, until the first that does not fit."""
@@ -153,7 +152,9 @@ class Scheduler:
             self._start(sequence, hits, digests)
             if not self._take_blocks(schedule, sequence, num_tokens):
                 return
-            schedule.add(sequence, num_tokens)
+            schedule.sequences.append(sequence)
+            schedule.num_new.append(num_tokens)
+            schedule.num_tokens += num_tokens
 
     def _make_room_for_head(self) -> None:
         """Nothing can run but parked beams hold memory: they yield it, last first, to the head of the queue."""
@@ -211,6 +212,8 @@ class Scheduler:
         return self.cache.match(request.cache_root, sequence.token_ids, sequence.num_tokens - 1)
 
     def _publish(self, sequence: Sequence) -> None:
+        if not self.cache.enabled:
+            return
         size = self.limits.block_size
         digests = sequence.digests
         for index in range(len(digests), min(sequence.num_computed, len(sequence.token_ids)) // size):
@@ -286,6 +289,7 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def _leave(self, sequence: Sequence) -> None:
+        self._publish(sequence)
         del self.running[self._position(self.running, sequence)]
         self.blocks.free(reversed(sequence.blocks))
         self._free_rows.append(sequence.row)

@@ -267,8 +267,7 @@ class Session:
             raise
         except Exception:
             return None
-        moves_beams = any(sequence.request.num_beam_candidates for sequence in run.plan.sequences)
-        return Flight(schedule, [run], is_foreseeable=not (run.plan.forks or moves_beams))
+        return Flight(schedule, [run], is_foreseeable=not run.plan.branches)
 
     def _launch_each(self, schedule: Schedule) -> Flight:
         """Runs a step that failed again, each sequence by itself, so that only those which cannot run fail.

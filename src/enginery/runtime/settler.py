@@ -88,36 +88,47 @@ class Settler:
     # ---- samples
 
     def _settle_samples(self, plan: LogitsPlan, samples: Samples, touched: dict[Request, None]) -> None:
+        token_ids, failed, choices = samples.token_ids, samples.failed, plan.choices
+        finished = Status.FINISHED  # a member of an enum is slow to look up
         for place, sequence in enumerate(plan.sequences):
             request = sequence.request
             response = self.responses.get(request)
             if response is None:
                 continue  # it ended while the step was on its way
             try:
-                if place in samples.failed:
+                if place in failed:
                     raise ArithmeticError("the model gave no finite logits, or every token was banned")
                 if not request.is_prefilled:
                     self._fork_prompt(request)
-                if plan.choices is not None and request.num_choices > 1:
-                    sequence = request.sequences[int(plan.choices[place])]
-                if sequence.status is Status.FINISHED:
+                if choices is not None and request.num_choices > 1:
+                    sequence = request.sequences[int(choices[place])]
+                if sequence.status is finished:
                     continue
                 if response.search is None:
-                    self._append(response, sequence, samples, place)
+                    self._append(response, sequence, token_ids[place])
+                    if samples.logprobs is not None and place in samples.logprobs_row:
+                        self._add_logprobs(sequence, samples.logprobs, samples.logprobs_row[place])
                 else:
                     self._extend_beam(response, sequence, samples, place)
-                if response.is_streamed or sequence.status is Status.FINISHED:
+                if response.is_streamed or sequence.status is finished:
                     touched[request] = None
             except Exception as error:
                 touched[request] = None
                 self.fail(request, error)
 
-    def _append(self, response: Response, sequence: Sequence, samples: Samples, place: int) -> None:
-        token_id = samples.token_ids[place]
-        sequence.append(token_id)
+    def _append(self, response: Response, sequence: Sequence, token_id: int) -> None:
+        """The next token, pending until now, which may end the sequence."""
+        sequence.num_pending = 0
+        sequence.token_ids.append(token_id)
         self._stats.num_generated_tokens += 1
-        if samples.logprobs is not None and place in samples.logprobs_row:
-            self._add_logprobs(sequence, token_id, samples.logprobs, samples.logprobs_row[place])
+        if sequence.token_counts is not None:
+            sequence.token_counts.add(token_id)
+        request = sequence.request
+        if token_id in request.stop_token_ids:
+            sequence.finish_reason = "stop"
+            sequence.stop_reason = token_id if token_id in request.params.stop_token_ids else None
+        elif len(sequence.token_ids) >= sequence.max_length:
+            sequence.finish_reason = "length"
         if response.follows_text:
             response.extend_text(sequence, token_id)
         if sequence.finish_reason is not None:
@@ -182,13 +193,14 @@ class Settler:
             position = rows.first_position + 1 + row
             request.prompt_logprobs[position] = self._position(request.prompt_token_ids[position], logprobs, row, None)
 
-    def _add_logprobs(self, sequence: Sequence, token_id: int, logprobs: TopLogprobs, row: int) -> None:
+    def _add_logprobs(self, sequence: Sequence, logprobs: TopLogprobs, row: int) -> None:
+        """Of its newest token."""
         params = sequence.request.params
         if not isinstance(params, SamplingParams):
             return
         if sequence.logprobs is None:
             sequence.logprobs = []
-        sequence.logprobs.append(self._position(token_id, logprobs, row, params.logprobs))
+        sequence.logprobs.append(self._position(sequence.token_ids[-1], logprobs, row, params.logprobs))
         sequence.cumulative_logprob += float(logprobs.chosen[row])
 
     def _position(self, token_id: int, logprobs: TopLogprobs, row: int, count: int | None) -> PositionLogprobs:
