@@ -123,6 +123,11 @@ def test_an_empty_table_is_references() -> None:
     assert {row.kernel for row in KernelTable(()).rows("cpu")} == {"reference"}
 
 
+def test_every_kernel_is_of_an_op() -> None:
+    ops = {op.name for op in OPS}
+    assert [candidate.ops - ops for candidate in TABLE.candidates] == [frozenset(), frozenset()]
+
+
 def test_the_instruction_set_follows_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     avx2 = {"avx2", "fma", "f16c"}

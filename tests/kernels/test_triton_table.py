@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from enginery import ops
-from enginery.kernels.table import TABLE
+from enginery.kernels.table import TABLE, TRITON
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -36,13 +38,26 @@ def test_the_dispatcher_calls_the_kernel_and_a_graph_can_hold_it() -> None:
 
 
 @pytest.mark.gpu
-def test_linear_is_called_through_the_dispatcher() -> None:
-    row = next(row for row in TABLE.load("cuda") if row.op == "linear")
-    assert row.kernel == "Triton"
-    for shape in ((1, 256), (2, 16, 256), (300, 256)):
-        input = torch.randn(shape, device="cuda").bfloat16()
-        weight, bias = torch.randn(96, 256, device="cuda").bfloat16(), torch.randn(96, device="cuda").bfloat16()
-        torch.cuda.synchronize()  # the weight must be written before the call
-        expected = ops.reference(ops.linear)(input.double(), weight.double(), bias.double())
-        found = ops.linear(input, weight, bias).double()
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+def test_all_that_the_table_names_is_registered() -> None:
+    assert {row.op for row in TABLE.load("cuda") if row.kernel == "Triton"} == TRITON.ops
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 256), (2, 16, 256), (300, 256)], ids=str)
+@pytest.mark.parametrize("is_float8", [False, True])
+def test_linears_are_called_through_the_dispatcher(shape: tuple[int, ...], is_float8: bool) -> None:
+    TABLE.load("cuda")
+    make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    input, residual, norm_weight, weight, bias = make(shape), make(shape), make(256), make(96, 256), make(96)
+    scale, wide_weight, part = None, weight.double(), 0.02
+    if is_float8:  # inputs are rounded by 2⁻⁴ of themselves
+        weight = wide_weight = (weight * 100).to(torch.float8_e4m3fn)
+        scale, part = torch.full((96,), 0.01, device="cuda"), 0.3
+    torch.cuda.synchronize()  # the weight must be written before the call
+    wide = [each.double() for each in (input, residual, norm_weight)]
+    expected = [ops.reference(ops.linear)(wide[0], wide_weight, bias.double(), scale)]
+    expected += ops.reference(ops.norm_linear)(*wide, 1e-5, weight, bias, scale, True)
+    found = [ops.linear(input, weight, bias, scale)]
+    found += ops.norm_linear(input, residual, norm_weight, 1e-5, weight, bias, scale, True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=part * float(other.abs().max()))
