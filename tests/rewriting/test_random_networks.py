@@ -126,11 +126,11 @@ class Paged:
             "block_tables": tables,
             "query_start": torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
             "seq_lens": torch.tensor([spans[i][1] for i in chosen], dtype=torch.int32),
-            "logits_indices": order,
+            "logits_indices": torch.cat([order, order[-1:].expand(3)]),  # as in a padded step
         }
         (logits,) = self.network.run([inputs[tensor.name] for tensor in self.network.inputs], self.constants)
         assert logits.dtype == torch.float32
-        parts = dict(zip(chosen, logits[order.argsort()].split(counts), strict=True))
+        parts = dict(zip(chosen, logits[: len(order)][order.argsort()].split(counts), strict=True))
         return [parts.get(i, logits[:0]) for i in range(len(spans))]
 
 

@@ -48,6 +48,11 @@ class PagedDriver:
 
     def step(self, batch: dict[str, list[int]]) -> dict[str, torch.Tensor]:
         """Runs new tokens of several sequences in one step; logits of every token, by sequence."""
+        counts = [len(tokens) for tokens in batch.values()]
+        return dict(zip(batch, self.logits(batch, torch.arange(sum(counts))).split(counts), strict=True))
+
+    def logits(self, batch: dict[str, list[int]], indices: torch.Tensor) -> torch.Tensor:
+        """Runs new tokens of several sequences in one step; logits of the tokens at these places of the step."""
         positions, slots, lengths, starts, tables = [], [], [], [0], []
         for name, tokens in batch.items():
             sequence = self.sequences.setdefault(name, Sequence([]))
@@ -62,7 +67,6 @@ class PagedDriver:
             starts.append(starts[-1] + len(tokens))
             tables.append(sequence.blocks)
         width = max(map(len, tables))
-        total = starts[-1]
         values = {
             "token_ids": torch.tensor([token for tokens in batch.values() for token in tokens]),
             "positions": torch.tensor(positions),
@@ -70,8 +74,8 @@ class PagedDriver:
             "block_tables": torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
             "query_start": torch.tensor(starts, dtype=torch.int32),
             "seq_lens": torch.tensor(lengths, dtype=torch.int32),
-            "logits_indices": torch.arange(total),
+            "logits_indices": indices,
             **self.pools,
         }
         (logits,) = self.program([*(values[tensor.name] for tensor in self.network.inputs), *self.constants])
-        return dict(zip(batch, logits.split([len(tokens) for tokens in batch.values()]), strict=True))
+        return logits

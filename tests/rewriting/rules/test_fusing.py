@@ -1,4 +1,4 @@
-"""Rules that change how much work there is: merged and packed linears, logits of the tokens that are asked for."""
+"""Rules that change how much work there is: merged and packed linears."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from enginery.network import Network
 from enginery.ops import PANEL
 from enginery.rewriting import RewritePatternManager
-from enginery.rewriting.rules.gather_logits import GatherEarlier, gather_output
 from enginery.rewriting.rules.merge_parallel_linears import MergeParallelLinears
 from enginery.rewriting.rules.pack_linears import PackLinears, PackTiedEmbedding
 from enginery.rewriting.testing import assert_rewrites
@@ -108,32 +107,3 @@ def test_an_embedding_of_its_own_stays() -> None:
         "input %i: int64[n]\nconstant %w: float32[20, 6]\n%r: float32[n, 6] = aten.embedding(%w, %i)\noutput r = %r"
     )
     assert RewritePatternManager(PackTiedEmbedding()).rewrite(before).rewritten == 0
-
-
-def test_the_gather_goes_before_the_head() -> None:
-    head = "input %x: float32[1, tokens, 6]\nconstant %g: float32[6]\nconstant %w: float32[20, 6]\n"
-    before = network(
-        f"{head}%a: float32[1, tokens, 6] = aten.mul.Tensor(%g, %x)\n%h: float32[1, tokens, 20] = aten.linear(%a, %w)\n"
-        "%c: float32[1, tokens, 20] = aten.tanh(%h)\n%d: float32[1, tokens, 20] = aten.mul.Tensor(%c, 30.0)\n"
-        "%s: float32[tokens, 20] = aten.select.int(%d, 0, 0)\noutput logits = %s"
-    )
-    gather_output(before)
-    after = (
-        "input %x: float32[1, tokens, 6]\ninput %logits_indices: int64[logits]\nconstant %g: float32[6]\n"
-        "constant %w: float32[20, 6]\n%i: float32[1, logits, 6] = aten.index_select(%x, 1, %logits_indices)\n"
-        "%a: float32[1, logits, 6] = aten.mul.Tensor(%g, %i)\n%h: float32[1, logits, 20] = aten.linear(%a, %w)\n"
-        "%c: float32[1, logits, 20] = aten.tanh(%h)\n%d: float32[1, logits, 20] = aten.mul.Tensor(%c, 30.0)\n"
-        "%s: float32[logits, 20] = aten.select.int(%d, 0, 0)\n"
-        "%t: float32[logits, 20] = aten.to.dtype(%s, float32)\noutput logits = %t"
-    )
-    assert_rewrites(before, text(after), GatherEarlier(), numerics_too=False)
-    x, chosen = torch.randn(1, 5, 6), torch.tensor([4, 1])
-    weight, gain = torch.randn(20, 6), torch.randn(6)
-    (found,) = before.run([x, chosen], {"w": weight, "g": gain})
-    torch.testing.assert_close(found, 30 * torch.tanh((x[0] * gain) @ weight.T)[chosen])
-
-
-def test_the_gather_stops_where_tokens_meet() -> None:
-    before = network("input %x: float32[tokens, 6]\n%a: float32[tokens, 6] = aten.cumsum(%x, 0)\noutput logits = %a")
-    gather_output(before)
-    assert RewritePatternManager(GatherEarlier()).rewrite(before).rewritten == 0
