@@ -158,7 +158,7 @@ def shared_memory_of(device: torch.device) -> int:
 
 
 def choose_tiles(rows: int, features: int, itemsize: int = 2, shared_memory: int = H200_SHARED_MEMORY) -> Tiles:
-    """The fastest tiles found on an H200 (`benchmarks/gpu_kernels.py --tune`); `itemsize`: bytes of a number.
+    """The fastest tiles found on an H200 (`benchmarks/gpu_linears.py --tune`); `itemsize`: bytes of a number.
 
     A program of 64 features streams its weights through stages of 16 KiB, and its rows through stages of 4 KiB for
     every 16. The fewer programs there are for a multiprocessor, the more stages each needs to keep the memory busy.
@@ -209,7 +209,7 @@ def skinny_linear(
         "BLOCK_K": tiles.block_k,
         "STAGES": tiles.num_stages,
         "GATED": gated,
-        "SCALES": 0 if scale is None else scale.numel(),
+        "SCALES": 0 if scale is None else min(scale.numel(), 2),  # one or many, not how many: that would compile again
         "INPUT_SCALES": input_scale is not None,
         "HAS_BIAS": bias is not None,
         "num_warps": tiles.num_warps,
