@@ -93,12 +93,9 @@ def write_cache(
     target = value_cache + block * value_block_stride + within * DV
     store_rows(target, heads * BLOCK_SIZE * DV, columns, data, cached, DV)
     if token >= tl.load(query_start + num_sequences):
-        columns = tl.arange(0, PADDED_OUTPUT)
-        tl.store(
-            output + token * HEADS * DV + columns,
-            tl.zeros([PADDED_OUTPUT], output.dtype.element_ty),
-            columns < HEADS * DV,
-        )
+        place = tl.arange(0, PADDED_OUTPUT)
+        blank = tl.zeros([PADDED_OUTPUT], output.dtype.element_ty)
+        tl.store(output + token * HEADS * DV + place, blank, place < HEADS * DV)
 
 
 @triton.jit
