@@ -123,11 +123,37 @@ def test_splits_of_the_keys_change_nothing(case: Case, splits: int) -> None:
     check(case, plan(splits, decode=case is DECODE))
 
 
+@pytest.mark.parametrize(
+    ("ahead", "descriptors", "features"),
+    [
+        (False, True, {}),
+        (True, False, {"dk": 24}),
+        (True, True, {"window": 30}),
+        (True, True, {"softcap": 2.0, "alibi": True, "sinks": True}),
+    ],
+    ids=["descriptors", "ahead", "both-window", "both-softcap-alibi-sinks"],
+)
+def test_ways_of_prompts(ahead: bool, descriptors: bool, features: dict) -> None:
+    """Keys multiplied ahead of the softmax, and read by descriptors, beside cached ones and in the next sequence."""
+    tiling = kernels.Tiling(16, 16, 4, 2, ahead, descriptors)
+    case = Case(((35, 36), (3, 1), (0, 20)), heads=2, kv_heads=1, dtype=torch.float16, padding=3, **features)
+    check(case, replace(plan(1, decode=False), long=tiling))
+
+
+def test_descriptors_take_aligned_rows_of_two_bytes_in_sizes_of_powers_of_two() -> None:
+    rows = torch.zeros(4, 3, 32, dtype=torch.bfloat16)
+    described = kernels.describe(rows, 64)
+    assert (tuple(described.shape), tuple(described.strides), described.block_shape) == ((4, 96), (96, 1), [64, 32])
+    assert kernels.describe(rows.float(), 64) is None
+    assert kernels.describe(rows[..., :24].contiguous(), 64) is None
+    assert kernels.describe(torch.zeros(385, dtype=torch.bfloat16)[1:].view(4, 3, 32), 64) is None
+
+
 @pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
 def test_calls_share_their_counters(case: Case) -> None:
     """Whatever the batch, the counters are zero again after a call, for the next one."""
     arrivals = torch.zeros(8, dtype=torch.int32, device=DEVICE)
-    for splits, share in ((4, 1), (3, 2), (1, 1), (8, 3)):
+    for splits, share in ((4, 1), (8, 3)):
         check(case, plan(splits, decode=case is DECODE, share=share), arrivals)
         assert not arrivals.any()
 

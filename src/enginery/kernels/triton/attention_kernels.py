@@ -227,7 +227,8 @@ def attend_short(
         # Masked throughout: a second loop for the ragged end would pay for filling its pipeline again.
         sums, maximum, total = attend_tiles(
             sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
-            low, high, lowest, high, scale, window, softcap, DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
+            None, None, 0, kv_head, low, high, lowest, high, scale, window, softcap,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE,
             True, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
 
@@ -288,19 +289,20 @@ def attend_short(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def attend_long(
-    query, key, value, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes,
-    cos, sin, output, num_sequences,
+    query, key, value, key_tiles, value_tiles, key_cache, value_cache, block_tables, query_start, seq_lens,
+    sinks, alibi_slopes, cos, sin, output, num_sequences,
     query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride, angle_stride,
     scale, window, softcap,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PADDED_SEQUENCES: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED_SEQUENCES: tl.constexpr, SHORT: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
     ROTARY: tl.constexpr,
 ):  # fmt: skip
     """One program per kv head and tile of BLOCK_Q tokens; `attend_short` has the sequences of at most SHORT new tokens.
 
     With ROTARY, queries are turned by the tables `cos` and `sin` `[T, DK]`; the keys are turned already.
+    `key_tiles` and `value_tiles`, if not None, are descriptors of the new keys and values `[T, Hkv·D]`.
 
     There are at most T // BLOCK_Q + S tiles. The grid has programs for the usual number; they take turns if need be.
     """
@@ -353,9 +355,11 @@ def attend_long(
             lowest_new = tl.maximum(first - window + 1, 0)
         sums, maximum, total = attend_range(
             sums, maximum, total, tile, positions, slopes, keys, values, table, key_block_stride, value_block_stride,
+            None, None, begin, kv_head,
             lowest // BLOCK_N * BLOCK_N, context, lowest, context + first, context + first + BLOCK_Q - 1,
             scale, window, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, True, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, True, AHEAD, PRECISION,
+            HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
         # The new tokens are read where the projections left them: side by side, without a table.
         keys = key + begin.to(tl.int64) * key_stride + kv_head * DK
@@ -363,8 +367,10 @@ def attend_long(
         high = tl.minimum(first + BLOCK_Q, end - begin)
         sums, maximum, total = attend_range(
             sums, maximum, total, tile, first + local_token, slopes, keys, values, table, key_stride, value_stride,
+            key_tiles, value_tiles, begin, kv_head,
             lowest_new // BLOCK_N * BLOCK_N, high, lowest_new, first, first + BLOCK_Q - 1, scale, window, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, False, PRECISION, HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, False, AHEAD, PRECISION,
+            HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
         result = (sums / total[:, None]).to(output.dtype.element_ty)
         store_rows(output, (token * HEADS + head) * DV, value_columns, result, owned, DV)

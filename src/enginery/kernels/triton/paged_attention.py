@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from enginery.errors import UnsupportedError
 from enginery.kernels.triton.attention_kernels import attend_long, attend_short, write_cache
@@ -40,6 +41,10 @@ class Tiling:
     block_n: int
     num_warps: int
     num_stages: int
+    ahead: bool = False
+    """*long*: the matrix units multiply the next keys during the softmax of these."""
+    descriptors: bool = False
+    """*long*: new keys and values come by tensor descriptors (the tensor memory accelerator, from 9.0), if they can."""
 
     @property
     def options(self) -> dict[str, int]:
@@ -150,6 +155,15 @@ def _check_layout(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def describe(tensor: torch.Tensor, block_n: int) -> TensorDescriptor | None:
+    """Blocks of rows of one head of `[T, H, D]`, as the tensor memory accelerator takes them; None: it does not."""
+    rows, size = tensor.flatten(1), tensor.shape[2]
+    in_bytes = (tensor.data_ptr(), rows.stride(0) * tensor.element_size())
+    if tensor.element_size() != 2 or size != power_of_two(size) or any(number % 16 for number in in_bytes):
+        return None
+    return TensorDescriptor.from_tensor(rows, [block_n, size])
+
+
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     """`[T, H, D]` with contiguous rows; a slice of a fused projection keeps its own stride between tokens."""
     return tensor if tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2] else tensor.contiguous()
@@ -241,11 +255,15 @@ def paged_attention(
     )  # fmt: skip
     if not plan.decode:
         long_tokens = plan.long.block_m // groups
+        key_tiles = value_tiles = None
+        if plan.long.descriptors:
+            key_tiles, value_tiles = (describe(tensor, plan.long.block_n) for tensor in (turned_key, value))
         attend_long[(kv_heads, tokens // long_tokens + min(sequences, RAGGED))](
-            query, turned_key, value, key_cache, value_cache, block_tables, query_start, seq_lens, sinks, alibi_slopes,
-            cos, sin, output, sequences, query.stride(0), turned_key.stride(0), *strides, *numbers,
+            query, turned_key, value, key_tiles, value_tiles, key_cache, value_cache, block_tables, query_start,
+            seq_lens, sinks, alibi_slopes, cos, sin, output, sequences,
+            query.stride(0), turned_key.stride(0), *strides, *numbers,
             BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
-            PADDED_SEQUENCES=triton.next_power_of_2(sequences), SHORT=short_tokens,
+            PADDED_SEQUENCES=triton.next_power_of_2(sequences), SHORT=short_tokens, AHEAD=plan.long.ahead,
             **plan.long.options, **sizes, **features,
         )  # fmt: skip
     return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,4 +22,4 @@ def rotary_paged_attention(
     """The contract of `enginery::rotary_paged_attention`, in 16 and 32 bits; `arrivals` as in `paged_attention`."""
     if cos.stride() != sin.stride() or cos.stride(1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
-    return paged_attention(query, key, value, *rest, angles=(cos, sin), arrivals=arrivals)
+    return partial(paged_attention, angles=(cos, sin), arrivals=arrivals)(query, key, value, *rest)
