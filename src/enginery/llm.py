@@ -30,7 +30,7 @@ from enginery.rewriting.isolation import check_tokens_apart
 from enginery.rewriting.pipeline import apply_phases
 from enginery.rewriting.pipeline import nearest_miss as explain_rule
 from enginery.runtime.outputs import RequestOutput
-from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, final_only
 from enginery.runtime.session import Session, SessionConfig
 from enginery.runtime.stats import SessionStats
 
@@ -335,7 +335,7 @@ class LLM:
         ids: list[str] = []
         try:
             for (text, tokens), wanted in zip(prompts, each, strict=True):
-                ids.append(self.session.add(tokens, _final_only(wanted), prompt=text))
+                ids.append(self.session.add(tokens, final_only(wanted), prompt=text))
             final: dict[str, RequestOutput] = {}
             while len(final) < len(ids):
                 done = [output for output in self.session.step() if output.finished]
@@ -395,12 +395,6 @@ def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
 
 def _is_chat(prompt: Prompt | Messages) -> bool:
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
-
-
-def _final_only(params: Params) -> Params:
-    if isinstance(params, BeamSearchParams):
-        return params
-    return dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def _default_params(directory: Path) -> SamplingParams:

@@ -204,13 +204,15 @@ def test_text_of_a_request(
         assert len(pieces) == 1
 
 
-def test_stop_token_is_reported_and_left_out_of_the_text() -> None:
+@pytest.mark.parametrize("kind", [RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY])
+def test_stop_token_is_reported_and_left_out_of_the_text(kind: RequestOutputKind) -> None:
     answer = "one two three"
     token_ids = BYTE_LEVEL.encode(answer)
     stop = token_ids[3]
     session = scripted(BYTE_LEVEL, answer)
-    params = SamplingParams(max_tokens=50, temperature=0.0, stop_token_ids=[stop])
-    completion = session.generate([[5]], params)[0].outputs[0]
+    params = SamplingParams(max_tokens=50, temperature=0.0, stop_token_ids=[stop], output_kind=kind)
+    request_id = session.add([5], params)
+    completion = run_to_end(session)[request_id].outputs[0]
     end = token_ids.index(stop)
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
     assert completion.token_ids == token_ids[: end + 1]

@@ -1,5 +1,5 @@
-"""Turns a schedule into the arrays of a step. Block tables and sampling parameters of running sequences are kept between
-steps, so a decode step costs a few gathers."""
+"""Turns a schedule into the arrays of a step. Block tables and sampling parameters of running sequences are kept
+between steps, so a decode step costs a few gathers."""
 
 from __future__ import annotations
 
@@ -161,6 +161,12 @@ class Batch:
         newest = plan.indices[plan.rows]
         temperature = self._temperature[rows]
         choices = self._choice[rows] if plan.choices is None else plan.choices
+        noise = np.zeros(len(rows))
+        if temperature.any():
+            noise = uniform_noise(self._seed[rows], choices, inputs.positions[newest] + 1)
+        pending = None
+        if inputs.sampled is not None and inputs.sources is not None:
+            pending = (inputs.sampled, inputs.sources[newest])
         edits = EditsBuilder()
         for entry in np.flatnonzero(self._has_edits[rows]).tolist():
             edits.add(entry, plan.sequences[entry])
@@ -171,10 +177,10 @@ class Batch:
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
-            noise=uniform_noise(self._seed[rows], choices, inputs.positions[newest] + 1) if temperature.any() else np.zeros(len(rows)),
+            noise=noise,
             num_logprobs=self._num_logprobs[rows],
             edits=edits.build(),
-            pending=None if inputs.sampled is None else (inputs.sampled, inputs.sources[newest]),
+            pending=pending,
         )
 
 
@@ -233,7 +239,8 @@ def _plan_logits(schedule: Schedule, query_start: np.ndarray) -> LogitsPlan:
 
 
 def _is_special(sequence: Sequence, num_new: int) -> bool:
-    """Whether a sequence does not just ask for its next token: an unfinished prompt, a fork, a beam, prompt logprobs."""
+    """Whether a sequence does not just ask for its next token: an unfinished prompt, a fork, a beam, prompt
+    logprobs."""
     if sequence.num_computed + num_new < sequence.num_tokens:
         return True
     return _branches(sequence) or (sequence.is_prefilling and sequence.request.wants_prompt_logprobs)

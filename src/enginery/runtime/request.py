@@ -74,10 +74,8 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        for sequence in self.sequences:  # noqa: SIM110 (a generator costs more than the loop, once per request and step)
-            if sequence.status is not Status.FINISHED:
-                return False
-        return True
+        finished = Status.FINISHED
+        return not [sequence for sequence in self.sequences if sequence.status is not finished]
 
 
 class Sequence:
@@ -122,8 +120,8 @@ class Sequence:
         """Of the pending token among the samples of the last step."""
         self.blocks: list[int] = []
         self.num_writable = 0
-        """Tokens for which it has blocks that nobody else writes to; 0: its blocks have yet to be looked at, and its row
-        of the batch to be filled."""
+        """Tokens for which it has blocks that nobody else writes to; 0: its blocks have yet to be looked at, and its
+        row of the batch to be filled."""
         self.digests: list[bytes] = []
         """Prefix-cache digests of the leading full blocks that were published or hit."""
         self.row = -1

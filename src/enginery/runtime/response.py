@@ -32,9 +32,10 @@ class Completion:
 
     @property
     def is_new(self) -> bool:
-        """Whether something happened since the last output."""
+        """Whether something happened since the last output of what is new."""
         sequence = self._sequence
-        return sequence.num_output_tokens > self._num_taken or self._was_finished != (sequence.finish_reason is not None)
+        num_output = len(sequence.token_ids) - len(sequence.request.prompt_token_ids)
+        return num_output > self._num_taken or (sequence.finish_reason is not None and not self._was_finished)
 
     def output(self, kind: RequestOutputKind) -> CompletionOutput:
         sequence = self._sequence

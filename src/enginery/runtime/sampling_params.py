@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from enginery.errors import RequestError
@@ -152,6 +152,13 @@ class BeamSearchParams:
             raise RequestError(f"early_stopping={self.early_stopping!r}", 'It must be True, False or "never"')
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             _check_bool(name, getattr(self, name))
+
+
+def final_only(params: SamplingParams | BeamSearchParams) -> SamplingParams | BeamSearchParams:
+    """The same tokens, reported once, when the request is finished."""
+    if isinstance(params, SamplingParams) and params.output_kind is not RequestOutputKind.FINAL_ONLY:
+        return replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+    return params
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:

@@ -25,7 +25,7 @@ from enginery.runtime.logprobs import PendingLogprobs, top_logprobs
 from enginery.runtime.outputs import RequestOutput
 from enginery.runtime.request import Request, Sequence, Status
 from enginery.runtime.sampler import Sampler, Sampling
-from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams
+from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams, final_only
 from enginery.runtime.scheduler import Schedule, Scheduler
 from enginery.runtime.settler import Ran, Settler
 from enginery.runtime.stats import SessionStats, collect
@@ -190,21 +190,23 @@ class Session:
         prompts: Iterable[Iterable[int]],
         params: SamplingParams | BeamSearchParams | Iterable[SamplingParams | BeamSearchParams],
     ) -> list[RequestOutput]:
-        """Serves token-id prompts to the end and returns their final outputs, in order.
+        """Serves token-id prompts to the end and returns their final outputs, in order, whatever their output_kind.
 
         Parameters are shared or one per prompt. Outputs of requests added elsewhere are lost meanwhile. If anything
         raises, the prompts of this call are cancelled.
         """
         prompts = list(prompts)
-        shared = isinstance(params, (SamplingParams, BeamSearchParams))
-        each = [params] * len(prompts) if shared else list(params)  # type: ignore[arg-type]
+        if isinstance(params, (SamplingParams, BeamSearchParams)):
+            each = [final_only(params)] * len(prompts)
+        else:
+            each = [final_only(wanted) for wanted in params]
         waiting = deque(zip(prompts, each, strict=True))
         final: dict[str, RequestOutput | None] = {}
         num_final = 0
         try:
             while waiting or num_final < len(final):
                 while waiting and not self.is_full:
-                    final[self.add(*waiting.popleft())] = None  # type: ignore[arg-type]
+                    final[self.add(*waiting.popleft())] = None
                 for output in self.step():
                     if output.finished and output.request_id in final:
                         final[output.request_id] = output
