@@ -131,8 +131,8 @@ def prefill_candidates() -> list[LaunchPlan]:
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
     ]  # fmt: skip
     base = default_plan(1, 1024, 1024)
-    ways = itertools.product(shapes, (False, True), (False, True))
-    return [replace(base, long=Tiling(*shape, ahead, descriptors)) for shape, ahead, descriptors in ways]
+    ways = itertools.product(shapes, (False, True))
+    return [replace(base, long=Tiling(*shape, descriptors)) for shape, descriptors in ways]
 
 
 def compile_one(plan: LaunchPlan) -> None:

@@ -123,19 +123,10 @@ def test_splits_of_the_keys_change_nothing(case: Case, splits: int) -> None:
     check(case, plan(splits, decode=case is DECODE))
 
 
-@pytest.mark.parametrize(
-    ("ahead", "descriptors", "features"),
-    [
-        (False, True, {}),
-        (True, False, {"dk": 24}),
-        (True, True, {"window": 30}),
-        (True, True, {"softcap": 2.0, "alibi": True, "sinks": True}),
-    ],
-    ids=["descriptors", "ahead", "both-window", "both-softcap-alibi-sinks"],
-)
-def test_ways_of_prompts(ahead: bool, descriptors: bool, features: dict) -> None:
-    """Keys multiplied ahead of the softmax, and read by descriptors, beside cached ones and in the next sequence."""
-    tiling = kernels.Tiling(16, 16, 4, 2, ahead, descriptors)
+@pytest.mark.parametrize("features", [{}, {"window": 30}, {"softcap": 2.0, "alibi": True, "sinks": True}], ids=str)
+def test_prompts_by_descriptors(features: dict) -> None:
+    """New keys come by the tensor memory accelerator, beside cached ones and in the next sequence."""
+    tiling = kernels.Tiling(16, 16, 4, 2, descriptors=True)
     case = Case(((35, 36), (3, 1), (0, 20)), heads=2, kv_heads=1, dtype=torch.float16, padding=3, **features)
     check(case, replace(plan(1, decode=False), long=tiling))
 

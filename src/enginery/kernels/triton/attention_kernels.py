@@ -295,7 +295,7 @@ def attend_long(
     scale, window, softcap,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PADDED_SEQUENCES: tl.constexpr, SHORT: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED_SEQUENCES: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
     ROTARY: tl.constexpr,
 ):  # fmt: skip
@@ -358,7 +358,7 @@ def attend_long(
             None, None, begin, kv_head,
             lowest // BLOCK_N * BLOCK_N, context, lowest, context + first, context + first + BLOCK_Q - 1,
             scale, window, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, True, AHEAD, PRECISION,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, True, PRECISION,
             HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
         # The new tokens are read where the projections left them: side by side, without a table.
@@ -369,7 +369,7 @@ def attend_long(
             sums, maximum, total, tile, first + local_token, slopes, keys, values, table, key_stride, value_stride,
             key_tiles, value_tiles, begin, kv_head,
             lowest_new // BLOCK_N * BLOCK_N, high, lowest_new, first, first + BLOCK_Q - 1, scale, window, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, False, AHEAD, PRECISION,
+            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, False, PRECISION,
             HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
         result = (sums / total[:, None]).to(output.dtype.element_ty)

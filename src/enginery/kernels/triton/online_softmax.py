@@ -102,85 +102,16 @@ def attend_tiles(
             if HAS_WINDOW:
                 visible = visible & (distance > -window)
             scores = tl.where(visible, scores, -float("inf"))
-        weights, decay, maximum, total = soften(scores, maximum, total, factor)
+        peak = tl.maximum(maximum, tl.max(scores, 1) * factor)
+        weights = tl.exp2(scores * factor - peak[:, None])
+        decay = tl.exp2(maximum - peak)
+        total = total * decay + tl.sum(weights, 1)
+        maximum = peak
         if value_tiles is not None and not MASKED:
             value = value_tiles.load([origin + first, kv_head * DV])
         else:
             value = load_rows(values, value_rows, value_columns, inside, DV, PADDED_DV, MASKED)
         sums = tl.dot(weights.to(value.dtype), value, sums * decay[:, None], input_precision=PRECISION)
-    return sums, maximum, total
-
-
-@triton.jit
-def soften(scores, maximum, total, factor):
-    """(weights of the scores, what the state so far is worth beside them, new maximum, new total)."""
-    peak = tl.maximum(maximum, tl.max(scores, 1) * factor)
-    weights = tl.exp2(scores * factor - peak[:, None])
-    decay = tl.exp2(maximum - peak)
-    return weights, decay, peak, total * decay + tl.sum(weights, 1)
-
-
-@triton.jit
-def load_tile(
-    pointer, tiles, table, stride, origin, kv_head, first,
-    ROW: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr,
-):  # fmt: skip
-    """The BLOCK_N keys or values from `first` on, for `attend_ahead`: all of them exist."""
-    if tiles is None:
-        offsets = first + tl.arange(0, BLOCK_N)
-        rows = offsets.to(tl.int64) * stride
-        if PAGED:
-            rows = tl.load(table + offsets // BLOCK_SIZE).to(tl.int64) * stride + offsets % BLOCK_SIZE * ROW
-        tile = load_rows(pointer, rows, tl.arange(0, PADDED), offsets >= 0, ROW, PADDED, False)
-    else:
-        tile = tiles.load([origin + first, kv_head * ROW])
-    return tile
-
-
-@triton.jit
-def attend_ahead(
-    sums, maximum, total, query, positions, slopes,
-    keys, values, table, key_stride, value_stride, key_tiles, value_tiles, origin, kv_head,
-    start, stop, scale, softcap,
-    DK: tl.constexpr, DV: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-):  # fmt: skip
-    """`attend_tiles` without masks, with the product of the next keys on the matrix units during the softmax of these.
-
-    The compiler waits for a product right behind it, and for all before, where its result is used in the same round. So
-    the product with values comes first in a round, late by one; that with the next keys follows and stays under way.
-    """
-    factor = exponent_scale(scale, HAS_SOFTCAP, HAS_ALIBI)
-    if start < stop:
-        key = load_tile(
-            keys, key_tiles, table, key_stride, origin, kv_head, start, DK, PADDED_DK, BLOCK_N, BLOCK_SIZE, PAGED
-        )  # fmt: skip
-        dots = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        weights = tl.zeros([query.shape[0], BLOCK_N], query.dtype)
-        for first in tl.range(start, stop, BLOCK_N):
-            # Any values do in the first round, whose weights are zero, and any keys in the last.
-            value = load_tile(
-                values, value_tiles, table, value_stride, origin, kv_head, tl.maximum(first - BLOCK_N, start),
-                DV, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED,
-            )  # fmt: skip
-            sums = tl.dot(weights, value, sums, input_precision=PRECISION)
-            key = load_tile(
-                keys, key_tiles, table, key_stride, origin, kv_head, tl.minimum(first + BLOCK_N, stop - BLOCK_N),
-                DK, PADDED_DK, BLOCK_N, BLOCK_SIZE, PAGED,
-            )  # fmt: skip
-            following = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-            distance = (first + tl.arange(0, BLOCK_N))[None, :] - positions[:, None]
-            scores = modify_scores(dots, scale, softcap, slopes[:, None], distance, HAS_SOFTCAP, HAS_ALIBI)
-            exponentials, decay, maximum, total = soften(scores, maximum, total, factor)
-            weights = exponentials.to(query.dtype)
-            sums = sums * decay[:, None]
-            dots = following
-        value = load_tile(
-            values, value_tiles, table, value_stride, origin, kv_head, stop - BLOCK_N,
-            DV, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED,
-        )  # fmt: skip
-        sums = tl.dot(weights, value, sums, input_precision=PRECISION)
     return sums, maximum, total
 
 
@@ -191,7 +122,7 @@ def attend_range(
     low, high, lowest, first_position, last_position,
     scale, window, softcap,
     DK: tl.constexpr, DV: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
     """`attend_tiles` over [low, high), low a multiple of BLOCK_N, with masks only at the edges that need them.
@@ -209,19 +140,12 @@ def attend_range(
             DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED, True, PRECISION,
             HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
         )  # fmt: skip
-    if AHEAD:
-        sums, maximum, total = attend_ahead(
-            sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
-            key_tiles, value_tiles, origin, kv_head, clear_low, clear_high, scale, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED, PRECISION, HAS_SOFTCAP, HAS_ALIBI,
-        )  # fmt: skip
-    else:
-        sums, maximum, total = attend_tiles(
-            sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
-            key_tiles, value_tiles, origin, kv_head, clear_low, clear_high, lowest, high, scale, window, softcap,
-            DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED, False, PRECISION,
-            HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
-        )  # fmt: skip
+    sums, maximum, total = attend_tiles(
+        sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
+        key_tiles, value_tiles, origin, kv_head, clear_low, clear_high, lowest, high, scale, window, softcap,
+        DK, DV, PADDED_DK, PADDED_DV, BLOCK_N, BLOCK_SIZE, PAGED, False, PRECISION,
+        HAS_WINDOW, HAS_SOFTCAP, HAS_ALIBI,
+    )  # fmt: skip
     return attend_tiles(
         sums, maximum, total, query, positions, slopes, keys, values, table, key_stride, value_stride,
         key_tiles, value_tiles, origin, kv_head, clear_high, high, lowest, high, scale, window, softcap,

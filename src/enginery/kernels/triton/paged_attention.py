@@ -41,8 +41,6 @@ class Tiling:
     block_n: int
     num_warps: int
     num_stages: int
-    ahead: bool = False
-    """*long*: the matrix units multiply the next keys during the softmax of these."""
     descriptors: bool = False
     """*long*: new keys and values come by tensor descriptors (the tensor memory accelerator, from 9.0), if they can."""
 
@@ -112,7 +110,7 @@ def plan_launch(
     if itemsize > 2:
         short, long = Tiling(rows, 16, 4, 3), Tiling(rows, 16, 4, 2)
     elif width <= 128:
-        short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 128), 64, 8, 3)
+        short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 64), 64, 4, 3, gpu.overlap)
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
     splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n)
@@ -263,7 +261,7 @@ def paged_attention(
             seq_lens, sinks, alibi_slopes, cos, sin, output, sequences,
             query.stride(0), turned_key.stride(0), *strides, *numbers,
             BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
-            PADDED_SEQUENCES=triton.next_power_of_2(sequences), SHORT=short_tokens, AHEAD=plan.long.ahead,
+            PADDED_SEQUENCES=triton.next_power_of_2(sequences), SHORT=short_tokens,
             **plan.long.options, **sizes, **features,
         )  # fmt: skip
     return output
