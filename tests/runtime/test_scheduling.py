@@ -174,6 +174,17 @@ def test_a_step_is_launched_before_the_one_before_is_settled() -> None:
         assert session.engine.num_steps == steps
 
 
+def test_beams_beside_others_in_the_overlapped_loop() -> None:
+    """What a beam goes on with is not its own newest token: no step is launched before that is known."""
+    rng = random.Random(2)
+    kinds = (BeamSearchParams(3, 12), SamplingParams(max_tokens=15, seed=1), BeamSearchParams(2, 9))
+    todo = list(zip(random_prompts(rng, 6), kinds * 2, strict=True))
+    session = make_session(overlap=True, eos_token_ids=(7,), num_blocks=60, max_num_tokens=20)
+    ids = [session.add(prompt, params) for prompt, params in todo]
+    final = run_to_end(session, max_steps=500)
+    assert [facts(final[request_id]) for request_id in ids] == [alone(*request) for request in todo]
+
+
 def test_first_come_first_served_within_a_priority() -> None:
     session = make_session(max_num_seqs=1)
     params = SamplingParams(max_tokens=3, temperature=0.0)
@@ -221,6 +232,17 @@ def test_prefix_hits_save_work_and_are_reported() -> None:
     ]
     assert [o.num_cached_tokens for o in (first, second, other, unread)] == [0, 16, 8, 0]
     assert first.outputs == second.outputs == unread.outputs
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_last_block_of_an_output_is_found(overlap: bool) -> None:
+    """A follow-up hits every full block of the conversation so far, the one that its last computed token filled too."""
+    session = make_session(overlap=overlap)
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    output = session.generate([list(range(7))], params)[0]
+    run_to_end(session)
+    follow_up = [*output.prompt_token_ids, *output.outputs[0].token_ids, 1, 2]
+    assert session.generate([follow_up], params)[0].num_cached_tokens == 8
 
 
 def test_reset_forgets_the_prefixes() -> None:
