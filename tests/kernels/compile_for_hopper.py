@@ -1,0 +1,120 @@
+"""Compiles our Triton kernels for compute capability 9.0 without a GPU, as the shapes of an 8B decoder call them.
+
+Triton's interpreter, in which the kernels are tested elsewhere, takes much that its compiler does not: values that
+change their shape, branches that disagree, tiles beyond the shared memory. Run by `test_triton_compiles.py` in a
+process of its own, for one that has interpreted kernels cannot compile them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from enginery.kernels.triton import fused_linear, paged_attention
+from enginery.kernels.triton.linear import H200_SHARED_MEMORY
+
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}  # fmt: skip
+HOPPER = GPUTarget("cuda", 90, 32)
+compiled: dict[Any, Any] = {}
+
+
+def compile_call(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Stands for a launch: compiles what would run."""
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names if name in kwargs}
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        signature[parameter.name] = "constexpr"
+        if parameter.is_constexpr or value is None:
+            constants[place,] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<bf16{list(value.block_shape)}>"
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        whole = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if whole and not parameter.do_not_specialize:
+            aligned[place,] = [["tt.divisibility", 16]]
+    key = (kernel, str(signature), str(constants), str(aligned), str(options))
+    if key in compiled:
+        return
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    code = triton.compile(source, target=HOPPER, options=options)
+    assert code.metadata.shared <= H200_SHARED_MEMORY, (kernel.__name__, constants, code.metadata.shared)
+    compiled[key] = code
+
+
+def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attend(tokens: int, sequences: int, columns: int, **options: Any) -> None:
+    gpu = paged_attention.Gpu(132, overlap=True)
+    plan = paged_attention.plan_launch(gpu, tokens, sequences, columns * 16, 8, 4, 128, 2)
+    heads = make(tokens, 48 * 128).view(tokens, 48, 128).split((32, 8, 8), 1)
+    pools = (make(99, 8, 16, 128), make(99, 8, 16, 128))
+    numbers = [make(n, dtype=torch.int32) for n in (sequences + 1, sequences)]
+    tables = (make(tokens, dtype=torch.int64), make(sequences, columns, dtype=torch.int32), *numbers)
+    arrivals = make(1 << 16, dtype=torch.int32)
+    paged_attention.paged_attention(*heads, *pools, *tables, 0.1, **options, plan=plan, arrivals=arrivals)
+    options["angles"] = (make(tokens, 128), make(tokens, 128))
+    paged_attention.paged_attention(*heads, *pools, *tables, 0.1, **options, plan=plan, arrivals=arrivals)
+
+
+def check_attention(steps: Sequence[tuple[int, int, int]]) -> None:
+    """Of (tokens, sequences, columns of the block tables)."""
+    for tokens, sequences, columns in steps:
+        attend(tokens, sequences, columns)
+    attend(64, 64, 512, window=100, softcap=30.0)
+    attend(900, 64, 512, window=100, sinks=make(32), alibi_slopes=make(32, dtype=torch.float32))
+
+
+def check_linears(numbers: Sequence[int]) -> None:
+    """Of so many rows."""
+    unit = make(1, dtype=torch.float32)
+    for rows, dtype in itertools.product(numbers, (torch.bfloat16, torch.float8_e4m3fn)):
+        narrow = dtype.itemsize == 1
+        for features, depth in ((6144, 4096), (4096, 4096), (4096, 14336)):
+            scale = make(features, dtype=torch.float32) if narrow else None
+            fused_linear.linear(make(rows, depth), make(features, depth, dtype=dtype), None, scale, unit=unit)
+        scale = make(1, dtype=torch.float32) if narrow else None
+        fused_linear.linear(make(rows, 4096), make(4096, 4096, dtype=dtype), make(4096), scale, unit=unit)
+        for features, gated in ((6144, False), (28672, True)):
+            scale = make(features, dtype=torch.float32) if narrow else None
+            operands = (make(rows, 4096), make(rows, 4096), make(4096), 1e-5, make(features, 4096, dtype=dtype))
+            fused_linear.norm_linear(*operands, None, scale, gated, unit=unit)
+
+
+def main(few: bool) -> None:
+    JITFunction.run = compile_call  # type: ignore[method-assign]
+    torch._scaled_mm = lambda a, b, *_, **__: make(a.shape[0], b.shape[1])  # type: ignore[assignment]
+    if few:
+        check_attention(((1, 1, 32), (256, 256, 512), (300, 256, 512)))
+        check_linears((1, 32, 256))
+    else:
+        decoding = ((1, 1, 32), (1, 1, 2048), (8, 8, 32), (32, 32, 128), (48, 48, 512), (256, 256, 512))
+        check_attention((*decoding, (300, 256, 512), (512, 32, 128), (8192, 1, 512)))
+        check_linears((1, 3, 16, 32, 64, 256))
+    print(*sorted({kernel.__name__ for kernel, *_ in compiled}))
+
+
+if __name__ == "__main__":
+    main("--few" in sys.argv)
