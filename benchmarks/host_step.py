@@ -1,11 +1,15 @@
-"""Host time per step at 64 running requests: what a step costs besides the engine.
+"""Host time per step: what a step of decoding costs besides the engine.
 
     python benchmarks/host_step.py            # table and one JSON line
     python benchmarks/host_step.py --write    # also benchmarks/results/host_step.json
 
-The engine returns ready logits over a vocabulary of 32000, of a shape that language models give (Zipf over a random
-order of the tokens, plus noise); its own time is not counted. Medians over the decode steps, and the least total, in
-milliseconds; sampling runs on the CPU, one thread, without a tokenizer (token-only) unless the row says otherwise.
+The engine returns ready logits, of a shape that language models give (Zipf over a random order of the tokens, plus
+noise); its own time is not counted. Medians over the decode steps, and the least total, in milliseconds, one thread,
+without a tokenizer; `total` is the whole of `Session.step` but the engine, a little more than its parts.
+
+- overlapped, 256: greedy requests in the loop of a GPU, over a vocabulary of 128, so that `sample` is what the host
+  does beside the device; outputs at the end, or streamed token by token.
+- 64: the plain loop of a CPU, which samples on the CPU from a vocabulary of 32000.
 """
 
 from __future__ import annotations
@@ -14,18 +18,18 @@ import argparse
 import os
 import random
 import statistics
+import time
+from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 from enginery.engine.protocol import EngineLimits, StepInputs
-from enginery.runtime.sampling_params import SamplingParams
+from enginery.runtime.sampling_params import RequestOutputKind, SamplingParams
 from enginery.runtime.session import Session, SessionConfig
 from record import record
 
-VOCABULARY = 32000
-REQUESTS = 64
 PHASES = ("schedule", "batch", "sample", "settle")
 
 
@@ -36,7 +40,8 @@ class ReadyEngine:
         self.limits = limits
         self.is_asynchronous = False
         generator = torch.Generator().manual_seed(0)
-        ranks = torch.stack([torch.randperm(VOCABULARY, generator=generator) for _ in range(2 * REQUESTS)])
+        count, size = 2 * limits.max_num_seqs, limits.vocab_size
+        ranks = torch.stack([torch.randperm(size, generator=generator) for _ in range(count)])
         noise = torch.randn(ranks.shape, generator=generator)
         self._ready = -1.5 * (ranks + 1.0).log() + noise
         self._steps = 0
@@ -66,26 +71,29 @@ def mixed(index: int) -> SamplingParams:
     return kinds[index % len(kinds)]
 
 
-def measure(make_params, steps: int) -> dict[str, float]:
-    limits = EngineLimits(VOCABULARY, 2048, 8192, REQUESTS, REQUESTS * 128)
-    session = Session(ReadyEngine(limits), config=SessionConfig(seed=0))
+def measure(
+    make_params, steps: int, *, requests: int = 64, vocabulary: int = 32000, overlap: bool = False
+) -> dict[str, float]:
+    limits = EngineLimits(vocabulary, 2048, 8192, requests, requests * 128)
+    session = Session(ReadyEngine(limits), config=SessionConfig(seed=0, overlap=overlap))
     generator = random.Random(0)
-    for index in range(REQUESTS):
-        prompt = [generator.randrange(VOCABULARY) for _ in range(generator.randint(64, 512))]
-        params = make_params(index)
-        wanted = {name: getattr(params, name) for name in params.__dataclass_fields__}
-        session.add(prompt, SamplingParams(**{**wanted, "max_tokens": None, "ignore_eos": True}))
-    while session.stats().num_generated_tokens < 4 * REQUESTS:
+    for index in range(requests):
+        prompt = [generator.randrange(vocabulary) for _ in range(generator.randint(64, 512))]
+        session.add(prompt, replace(make_params(index), max_tokens=None, ignore_eos=True))
+    while session.stats().num_generated_tokens < 4 * requests or session.stats().num_waiting:
         session.step()
     samples: dict[str, list[float]] = {phase: [] for phase in PHASES}
     samples["total"] = []
     for _ in range(steps):
         before = session.stats()
+        began = time.perf_counter()
         session.step()
+        took = time.perf_counter() - began
         after = session.stats()
-        times = [getattr(after, f"{phase}_seconds") - getattr(before, f"{phase}_seconds") for phase in PHASES]
-        for name, value in zip((*PHASES, "total"), (*times, sum(times)), strict=True):
-            samples[name].append(value * 1e3)
+        for phase in PHASES:
+            name = f"{phase}_seconds"
+            samples[phase].append(1e3 * (getattr(after, name) - getattr(before, name)))
+        samples["total"].append(1e3 * (took - (after.engine_seconds - before.engine_seconds)))
     row = {f"{name}, ms": round(statistics.median(values), 4) for name, values in samples.items()}
     return {**row, "least total, ms": round(min(samples["total"]), 4)}
 
@@ -96,12 +104,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    greedy = SamplingParams(temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY)
+    streamed = replace(greedy, output_kind=RequestOutputKind.DELTA)
+    device = {"requests": 256, "vocabulary": 128, "overlap": True}
     results = {
-        "greedy": measure(lambda index: SamplingParams(temperature=0.0), options.steps),
-        "top_k 50": measure(lambda index: SamplingParams(top_k=50), options.steps),
-        "top_p 0.9": measure(lambda index: SamplingParams(top_p=0.9), options.steps),
-        "temperature 1": measure(lambda index: SamplingParams(), options.steps),
-        "mixed": measure(mixed, options.steps),
+        "overlapped, 256 greedy": measure(lambda index: greedy, options.steps, **device),
+        "overlapped, 256 streamed": measure(lambda index: streamed, options.steps, **device),
+        "64 greedy": measure(lambda index: greedy, options.steps),
+        "64 top_k 50": measure(lambda index: SamplingParams(top_k=50), options.steps),
+        "64 top_p 0.9": measure(lambda index: SamplingParams(top_p=0.9), options.steps),
+        "64 temperature 1": measure(lambda index: SamplingParams(), options.steps),
+        "64 mixed": measure(mixed, options.steps),
     }
     record("host_step", results, write=options.write)
 
