@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,7 @@ from enginery.engine.engine import Engine, Parts, Progress
 from enginery.engine.manifest import Facts, Manifest, SourceFacts
 from enginery.engine.memory import plan_memory
 from enginery.engine.regions import outline
+from enginery.engine.warming import warm
 from enginery.engine.weights_file import plan_layout
 from enginery.kernels.table import TABLE
 from enginery.network import Network
@@ -72,7 +74,7 @@ def build(
     prepared = prepare(source, config)
     parts, manifest = prepared.parts, prepared.manifest
     regions = outline(parts.network)
-    plan_memory(parts.network, regions, manifest.facts, config, device)  # fails before the work does
+    plan = plan_memory(parts.network, regions, manifest.facts, config, device)  # fails before the work does
     TABLE.load(device)
     cache = CodeCache(fingerprint(device))
     compilation = Compilation(cache, device, report)
@@ -83,7 +85,7 @@ def build(
         layout = plan_layout(parts.network.constants)
         with writing(Path(directory), layout.nbytes) as writer:
             if config.backend == "compiled":
-                compilation.start(regions.distinct)
+                compilation.start(regions.distinct, partial(warm, regions, plan))
             writer.write_network(parts.network)
             writer.carry(carry)
             writer.write_weights(layout, _bind(source, parts, read, report))

@@ -34,6 +34,9 @@ Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 EXAMPLE_SIZES = {"cpu": (7, 3, 5, 11, 13, 17, 19, 23), "cuda": (251, 67, 71, 73, 79, 83, 89, 97)}
 """Sizes that stand for symbols while a region is traced: no two equal, none special. On a GPU Inductor cuts the work of
 its kernels by them, and a batch that is worth a thought has hundreds of tokens."""
+HOST_EFFORT = {"AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL": "O0"}
+"""For torch: the host code of a region for a GPU is hardly optimised, for it runs while a step is captured and beside
+the kernels of steps that are too large for that."""
 MODEL = "model"
 
 
@@ -48,12 +51,13 @@ class Compilation:
         self._report = report or (lambda stage, done, total: None)
         self._done: dict[str, Path] = {}
         self._running: dict[str, Future[Path]] = {}
+        self._beside: Future[None] | None = None
         self._pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))))
         self._total = 0
 
-    def start(self, regions: Mapping[str, Region]) -> None:
-        """Takes from the cache what is there and begins to compile the rest. Raises ResourceError without a
-        compiler.
+    def start(self, regions: Mapping[str, Region], meanwhile: Callable[[], None] | None = None) -> None:
+        """Takes from the cache what is there and begins to compile the rest. For a GPU, this process would idle until
+        then: `meanwhile` runs in a thread of it. Raises ResourceError without a compiler.
         """
         self._done = {key: path for key in regions if (path := self._cache.find(key)) is not None}
         missing = {key: region for key, region in regions.items() if key not in self._done}
@@ -63,6 +67,8 @@ class Compilation:
             self._report("compile", 0, self._total)
         for key, region in missing.items():
             self._running[key] = self._start(key, region)
+        if missing and meanwhile is not None and self._device.type == "cuda":
+            self._beside = self._pool.submit(meanwhile)
 
     def wait(self) -> dict[str, Path]:
         """The packages by key. Raises BuildError if a compiler failed."""
@@ -70,6 +76,8 @@ class Compilation:
             for number, (key, future) in enumerate(self._running.items(), 1):
                 self._done[key] = future.result()
                 self._report("compile", number, self._total)
+            if self._beside is not None:
+                self._beside.result()
             return self._done
         finally:
             self.close()
@@ -104,7 +112,8 @@ class Compilation:
             text.write_text(str(region.network))
             command = [sys.executable, "-m", "enginery.engine.compile", str(text), str(finished)]
             paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-            done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=False)
+            environment = HOST_EFFORT | os.environ | paths
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
                 raise BuildError(f"region {region.name} cannot be compiled: {lines[-1][:300]}", "Use --backend eager")

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.compile import Compilation, Run, load
 from enginery.engine.config import BuildConfig
 from enginery.engine.gpu import obstacle
-from enginery.engine.graphs import GraphedStep, LaunchedStep, empty_step
+from enginery.engine.graphs import GraphedStep, LaunchedStep, empty_step, largest_step
 from enginery.engine.inputs import InputBuffer, StepShape
 from enginery.engine.manifest import Facts, Manifest
 from enginery.engine.memory import TOO_LARGE, MemoryPlan, caches, measured_plan, plan_memory, pool_shape
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.engine.regions import Outline, outline
 from enginery.engine.steps import CompiledStep, EagerStep, HostStep, Step
+from enginery.engine.warming import warm
 from enginery.errors import EngineryWarning, ResourceError, StepError, UsageError
 from enginery.kernels.table import TABLE, Row
 from enginery.network import Network, Tensor
@@ -75,7 +77,8 @@ class Engine:
             moved = {name: copying.submit(value.to, self.device) for name, value in parts.weights.items()}
             self._runs: dict[str, Run] = {}
             if config.backend == "compiled":
-                packages = compile_regions(self.regions, self.device.type, progress)
+                warming = partial(warm, self.regions, self.plan)
+                packages = compile_regions(self.regions, self.device.type, progress, warming)
                 self._runs = {key: load(path, self.device.type) for key, path in packages.items()}
             self._weights = _arrived(moved, self.plan)
         self._run: Callable[[StepInputs], torch.Tensor] | None = (
@@ -105,8 +108,7 @@ class Engine:
 
     def _measure_activations(self, buffer: InputBuffer) -> int:
         """Bytes of intermediate values in a step as large as the limits allow; its cache is one block."""
-        tokens, sequences = self.limits.max_num_tokens, min(self.limits.max_num_seqs, self.limits.max_num_tokens)
-        shape = StepShape(tokens, sequences, 1, sequences)
+        shape = largest_step(self.limits)
         launched = LaunchedStep(self._step(num_blocks=1), buffer)
         buffer.send(empty_step(), shape)
         torch.cuda.synchronize()
@@ -116,7 +118,8 @@ class Engine:
             launched.run(shape)
         except StepError as error:
             raise ResourceError(
-                f"a step of {tokens} tokens does not run: {error}", "Lower --max-num-batched-tokens or --max-num-seqs"
+                f"a step of {shape.tokens} tokens does not run: {error}",
+                "Lower --max-num-batched-tokens or --max-num-seqs",
             ) from error
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
@@ -278,11 +281,15 @@ def warn_of_references(rows: Sequence[Row]) -> None:
         warnings.warn(f"kernels are missing, so the engine is slow: {reason}", EngineryWarning, stacklevel=4)
 
 
-def compile_regions(regions: Outline, device: str, progress: Progress | None = None) -> dict[str, Path]:
-    """The compiled form of each distinct region, from the user's cache or compiled now into it."""
+def compile_regions(
+    regions: Outline, device: str, progress: Progress | None = None, meanwhile: Callable[[], None] | None = None
+) -> dict[str, Path]:
+    """The compiled form of each distinct region, from the user's cache or compiled now into it; `meanwhile`: see
+    `Compilation.start`.
+    """
     compilation = Compilation(CodeCache(fingerprint(device)), device, progress)
     try:
-        compilation.start(regions.distinct)
+        compilation.start(regions.distinct, meanwhile)
         return compilation.wait()
     finally:
         compilation.close()

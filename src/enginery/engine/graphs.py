@@ -204,6 +204,13 @@ def empty_step() -> StepInputs:
     return StepInputs(one, one, one - 1, np.zeros((1, 1), np.int32), start, start[1:], one)
 
 
+def largest_step(limits: EngineLimits) -> StepShape:
+    """As many tokens and sequences as an engine takes. Its block tables are as wide as those of usual steps: for others
+    there would be other kernels, and other memory for the parts of contexts."""
+    sequences = min(limits.max_num_seqs, limits.max_num_tokens)
+    return StepShape(limits.max_num_tokens, sequences, Buckets.of(limits).blocks(sequences)[0], sequences)
+
+
 class _Borrowed:
     """The CUDA array interface (numba's, version 3) of a tensor, without owning its memory."""
 
@@ -218,4 +225,4 @@ def _borrowed(logits: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(_Borrowed(logits.contiguous()), device=logits.device)
 
 
-__all__ = ["Buckets", "GraphedStep", "LaunchedStep", "empty_step", "ladder"]
+__all__ = ["Buckets", "GraphedStep", "LaunchedStep", "empty_step", "ladder", "largest_step"]

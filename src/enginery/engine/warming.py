@@ -1,0 +1,88 @@
+"""Our kernels for the usual steps, compiled while the compilers of the regions run.
+
+A Triton kernel is compiled when it is first called, once for each set of dtypes, alignments and constants: dozens for
+the shapes that are captured, one after another, where the process would otherwise wait for the regions. So the regions
+are run by their operators on empty steps of these shapes, in the process that will capture them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+
+import torch
+
+from enginery.engine.graphs import Buckets, empty_step, largest_step
+from enginery.engine.inputs import InputBuffer, gathered
+from enginery.engine.memory import MemoryPlan
+from enginery.engine.protocol import NETWORK_INPUTS
+from enginery.engine.regions import Outline
+from enginery.network import Tensor
+from enginery.network.dim import evaluate
+
+Values = Mapping[str, torch.Tensor]
+
+
+def warm(outline: Outline, plan: MemoryPlan) -> None:
+    """Runs the largest step and those that are captured when an engine opens, over zeros.
+
+    Never fails: what does not run here fails where it matters, and is told there. Does nothing where the zeros need
+    more memory than the KV cache, in whose place they are.
+    """
+    with suppress(Exception):
+        _run_usual_steps(outline, plan)
+    torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _run_usual_steps(outline: Outline, plan: MemoryPlan) -> None:
+    device = torch.device(plan.device)
+    buffer = InputBuffer(plan.limits, device)
+    shapes = (largest_step(plan.limits), *Buckets.of(plan.limits).at_open())
+    kinds = _fixed(outline)
+    if sum(math.prod(shape) * dtype.itemsize for shape, dtype in set(kinds.values())) > plan.kv_cache:
+        return
+    zeros = {kind: torch.zeros(kind[0], dtype=kind[1], device=device) for kind in set(kinds.values())}
+    step = OperatorStep(outline, {name: zeros[kind] for name, kind in kinds.items()}, device)
+    for shape in shapes:
+        buffer.send(empty_step(), shape)
+        with suppress(torch.OutOfMemoryError):  # a smaller one may fit
+            step(gathered(buffer.views(shape)))
+
+
+def _fixed(outline: Outline) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the weights and KV pools that the distinct regions read; a pool has one block."""
+    read = {tensor.name: tensor for region in outline.distinct.values() for tensor in region.bindings}
+    return {
+        name: (tuple(evaluate(size, {"num_blocks": 1}) for size in tensor.shape), tensor.dtype)
+        for name, tensor in read.items()
+        if tensor.parent is None and name not in NETWORK_INPUTS
+    }
+
+
+class OperatorStep:
+    """Each distinct region once, by its operators; its results stand for those of every region that is equal."""
+
+    def __init__(self, outline: Outline, fixed: Values, device: torch.device) -> None:
+        """`fixed` are weights and KV pools by name."""
+        self._fixed = fixed
+        self._calls = [(region, region.network.to_graph_module(device)) for region in outline.distinct.values()]
+        self._places = {
+            tensor: (region.key, i) for region in outline.regions for i, tensor in enumerate(region.results)
+        }
+
+    def __call__(self, inputs: Values) -> None:
+        results: dict[tuple[str, int], torch.Tensor] = {}
+
+        def value_of(tensor: Tensor) -> torch.Tensor:
+            if tensor in self._places:
+                return results[self._places[tensor]]
+            return inputs[tensor.name] if tensor.name in inputs else self._fixed[tensor.name]
+
+        for region, run in self._calls:
+            for i, result in enumerate(run(*map(value_of, region.bindings))):
+                results[region.key, i] = result.contiguous()  # as compiled regions give them
+
+
+__all__ = ["OperatorStep", "warm"]
