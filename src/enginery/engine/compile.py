@@ -65,10 +65,10 @@ class Compilation:
         if missing:
             compiler()
             self._report("compile", 0, self._total)
+            if meanwhile is not None and self._device.type == "cuda":
+                self._beside = self._pool.submit(meanwhile)
         for key, region in missing.items():
             self._running[key] = self._start(key, region)
-        if missing and meanwhile is not None and self._device.type == "cuda":
-            self._beside = self._pool.submit(meanwhile)
 
     def wait(self) -> dict[str, Path]:
         """The packages by key. Raises BuildError if a compiler failed."""
