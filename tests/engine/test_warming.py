@@ -22,6 +22,7 @@ from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
 from enginery.engine.graphs import Buckets, LaunchedStep, empty_step, largest_step
 from enginery.engine.inputs import InputBuffer
+from enginery.engine.steps import CompiledStep
 from enginery.engine.warming import warm
 from enginery.errors import BuildError
 
@@ -56,7 +57,8 @@ def test_warming_makes_the_calls_of_compiled_steps(compiled: Engine) -> None:
     with Calls() as warmed:
         warm(compiled.regions, compiled.plan)
     buffer = InputBuffer(compiled.limits, torch.device("cpu"))
-    launched = LaunchedStep(compiled._step(), buffer)
+    fixed = compiled._weights | compiled._pools
+    launched = LaunchedStep(CompiledStep(compiled.regions, compiled._runs, fixed, compiled._step_inputs), buffer)
     shapes = [largest_step(compiled.limits), *Buckets.of(compiled.limits).at_open()]
     assert len(shapes) > 5
     with Calls() as run:
