@@ -35,7 +35,7 @@ from enginery.kernels.triton.linear import (
     Tiles,
     choose_tiles,
     padded,
-    resources_of,
+    shared_memory_of,
     skinny_linear,
     skinny_norm_linear,
 )
@@ -204,9 +204,9 @@ def layer(rows: int, float8: bool, linear: Callable, norm_linear: Callable, coun
 
 def chosen() -> Iterator[Case]:
     """What `compare` runs of our kernels."""
-    resources = resources_of(DEVICE)
+    memory = shared_memory_of(DEVICE)
     for (name, (features, depth)), rows, float8 in itertools.product(PROJECTIONS.items(), ROWS, (False, True)):
-        case = Case.of(choose_tiles(rows, features, 1 if float8 else 2, *resources), rows, depth, float8=float8)
+        case = Case.of(choose_tiles(rows, features, 1 if float8 else 2, memory), rows, depth, float8=float8)
         yield case
         if name in NORMED:
             yield replace(case, gated=NORMED[name])
@@ -265,7 +265,7 @@ def candidates(kind: str, rows: int, depth: int, gated: bool) -> list[Case]:
         return [Case.of(tiles, rows, depth, gated=gated, norm=True) for tiles in IN_REGISTERS]
     tiles = IN_8_BITS if kind == "float8" else ON_TENSOR_CORES + (IN_REGISTERS if rows == 1 else [])
     cases = [Case.of(each, rows, depth, float8=kind == "float8") for each in tiles]
-    return [case for case in cases if shared_memory(case) <= resources_of(DEVICE)[0]]
+    return [case for case in cases if shared_memory(case) <= shared_memory_of(DEVICE)]
 
 
 def shared_memory(case: Case) -> int:

@@ -96,9 +96,7 @@ def check_linears(numbers: Sequence[int]) -> None:
             scale = make(features, dtype=torch.float32) if narrow else None
             fused_linear.linear(make(rows, depth), make(features, depth, dtype=dtype), None, scale, unit=unit)
         scale = make(1, dtype=torch.float32) if narrow else None
-        arrivals = make(1024, dtype=torch.int32)
-        operands = (make(rows, 4096), make(4096, 4096, dtype=dtype), make(4096), scale)
-        fused_linear.linear(*operands, unit=unit, arrivals=arrivals)
+        fused_linear.linear(make(rows, 4096), make(4096, 4096, dtype=dtype), make(4096), scale, unit=unit)
         for features, gated in ((6144, False), (28672, True)):
             scale = make(features, dtype=torch.float32) if narrow else None
             operands = (make(rows, 4096), make(rows, 4096), make(4096), 1e-5, make(features, 4096, dtype=dtype))

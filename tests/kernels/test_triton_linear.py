@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,33 +129,6 @@ def test_a_norm_before_the_product(rows: int, gated: bool, has_bias: bool, dtype
     close(found, exact(rms_norm(total.double(), norm_weight.double(), 1e-5), weight, bias, gated))
 
 
-@pytest.mark.parametrize("splits", [2, 3])
-@pytest.mark.parametrize("depth", [96, 80, 32])
-def test_a_depth_in_splits(splits: int, depth: int) -> None:
-    """The last split to arrive adds all; the counters are zero again, for the next call. 32: one split has nothing."""
-    arrivals = torch.zeros(8, dtype=torch.int32, device=DEVICE)
-    input, weight, bias = randn(5, depth), randn(40, depth), randn(40)
-    expected = torch.nn.functional.linear(input.double(), weight.double(), bias.double())
-    for _ in range(2):
-        tiles = replace(TILED, splits=splits)
-        close(kernels.skinny_linear(input, weight, bias, tiles=tiles, arrivals=arrivals), expected)
-        assert not arrivals.any()
-
-
-def test_too_few_counters_mean_one_split() -> None:
-    arrivals = torch.full((2,), 7, dtype=torch.int32, device=DEVICE)
-    input, weight = randn(5, 64), randn(40, 64)
-    result = kernels.skinny_linear(input, weight, tiles=replace(TILED, splits=2), arrivals=arrivals)
-    close(result, input.double() @ weight.double().T)
-    assert arrivals.tolist() == [7, 7]
-
-
-def test_weights_of_few_features_are_split_where_half_of_the_gpu_had_nothing() -> None:
-    chosen = [kernels.choose_tiles(8, features, 2, processors=132).splits for features in (4096, 6144, 28672)]
-    assert chosen == [2, 1, 1]
-    assert kernels.choose_tiles(8, 4096, 2, processors=100).splits == 1
-
-
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
 def test_a_row_does_not_depend_on_the_others(tiles: kernels.Tiles, dtype: torch.dtype) -> None:
@@ -176,7 +148,7 @@ from triton.compiler import ASTSource
 from enginery.kernels.triton import linear
 
 NUMBERS = {"rows": "i32", "features": "i32", "input_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
-WIDE = {"scale": "*fp32", "input_scale": "*fp32", "parts": "*fp32", "arrivals": "*i32"}
+WIDE = {"scale": "*fp32", "input_scale": "*fp32"}
 
 def compiled(kernel, operands, tiles, capability=90, **constants):
     constants |= dict(BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, STAGES=tiles.num_stages, DEPTH=4096, HAS_BIAS=True)
@@ -201,7 +173,7 @@ for gated in (False, True):
         show(compiled(linear.linear_rows, "bf16", linear.NORM_TILES, ROWS=1, NORM=norm, GATED=gated))
     for operands, capability, memory in (("bf16", 90, 227 << 10), ("fp8e4nv", 90, 227 << 10), ("fp8e4nv", 89, ADA)):
         tiles = linear.choose_tiles(32, 4096, 2 if operands == "bf16" else 1, memory)
-        more = dict(ROWS=32, GATED=gated, PRECISION="tf32", SPLITS=tiles.splits)
+        more = dict(ROWS=32, GATED=gated, PRECISION="tf32")
         show(compiled(linear.linear_tiles, operands, tiles, capability, **more))
 """
 

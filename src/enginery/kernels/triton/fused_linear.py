@@ -33,15 +33,13 @@ def linear(
     scale: torch.Tensor | None = None,
     *,
     unit: torch.Tensor,
-    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The contract of `enginery::linear`; `unit`: see `float8_product`, `arrivals`: `skinny_linear`."""
+    """The contract of `enginery::linear`; `unit`: see `float8_product`."""
     rows = _rows(input)
     if scale is None:
-        result = _product(rows, weight, bias, gated=False, arrivals=arrivals)
+        result = _product(rows, weight, bias, gated=False)
     elif _fits_float8(rows, weight):
-        quants = quantised(rows)
-        result = _float8(*quants, weight, bias, scale, input.dtype, unit, gated=False, arrivals=arrivals)
+        result = _float8(*quantised(rows), weight, bias, scale, input.dtype, unit, gated=False)
     else:
         result = _product(rows, _widened(weight, scale, input.dtype), bias, gated=False)
     return result.view(*input.shape[:-1], result.shape[1])
@@ -84,16 +82,9 @@ def _is_skinny(rows: torch.Tensor, weight: torch.Tensor, most: int) -> bool:
     return fits and 0 < rows.shape[0] <= most
 
 
-def _product(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    gated: bool,
-    arrivals: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
     if _is_skinny(rows, weight, most_rows(weight)):
-        return skinny_linear(rows, weight, bias, gated=gated, arrivals=arrivals)
+        return skinny_linear(rows, weight, bias, gated=gated)
     result = torch.nn.functional.linear(rows, weight, bias)
     return silu_mul(result) if gated else result
 
@@ -108,11 +99,9 @@ def _float8(
     unit: torch.Tensor,
     *,
     gated: bool,
-    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if rows.shape[0] <= most_rows(weight):
-        operands = (rows, weight, bias, scale)
-        return skinny_linear(*operands, input_scale=row_scale, dtype=dtype, gated=gated, arrivals=arrivals)
+        return skinny_linear(rows, weight, bias, scale, input_scale=row_scale, dtype=dtype, gated=gated)
     result = float8_product(rows, row_scale, weight, scale, bias, dtype, unit)
     return silu_mul(result) if gated else result
 

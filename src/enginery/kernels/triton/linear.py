@@ -25,9 +25,6 @@ import triton.language as tl
 
 H200_SHARED_MEMORY = 227 << 10
 """Bytes that a program may have there."""
-H200_PROCESSORS = 132
-ARRIVALS = 1 << 10
-"""Counters that all calls share: of a split product, programs fill at most half of the multiprocessors."""
 
 
 @triton.jit
@@ -122,45 +119,24 @@ def linear_rows(
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_tiles(
-    input, weight, scale, input_scale, bias, output, parts, arrivals, rows, features, input_stride,
+    input, weight, scale, input_scale, bias, output, rows, features, input_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, GATED: tl.constexpr, SCALES: tl.constexpr, INPUT_SCALES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, SCALES: tl.constexpr, INPUT_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_N features and split of the depth: (weights · inputsᵀ)ᵀ, the weights on the long side.
-
-    The last split of its features to arrive adds the `parts [SPLITS, programs, BLOCK_N, ROWS]`, always in their order,
-    and sets the counter of its features, `arrivals [programs]`, back to zero.
-    """
+    """One program per BLOCK_N features: (weights · inputsᵀ)ᵀ, the weights on the long side of the tile."""
     source = sources(features, GATED, BLOCK_N)
     row = tl.arange(0, ROWS)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    SPAN: tl.constexpr = (DEPTH + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
-    begin = tl.program_id(1) * SPAN
-    for first in tl.range(begin, tl.minimum(begin + SPAN, DEPTH), BLOCK_K, num_stages=STAGES):
+    for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         depth = first + tl.arange(0, BLOCK_K)
         weights = load_depths(weight, source.to(tl.int64) * DEPTH, depth, row < rows, False, DEPTH, BLOCK_K)
         inputs = load_depths(input, row * input_stride, depth, row < rows, True, DEPTH, BLOCK_K)
         sums = tl.dot(weights.to(inputs.dtype), tl.trans(inputs), sums, input_precision=PRECISION)
-    is_last = True
-    if SPLITS > 1:
-        tile = (tl.arange(0, BLOCK_N) * ROWS)[:, None] + row[None, :]
-        step = tl.num_programs(0) * BLOCK_N * ROWS
-        mine = parts + tl.program_id(0) * BLOCK_N * ROWS + tile
-        tl.store(mine + tl.program_id(1) * step, sums)
-        # All threads have stored before one of them counts the program as arrived.
-        tl.debug_barrier()
-        is_last = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1
-        if is_last:
-            tl.store(arrivals + tl.program_id(0), 0)
-            sums = tl.load(mine, cache_modifier=".cg")
-            for part in tl.static_range(1, SPLITS):
-                sums += tl.load(mine + part * step, cache_modifier=".cg")
-    if is_last:
-        finish(
-            output, tl.trans(sums), scale, input_scale, bias, rows, features, source,
-            ROWS, BLOCK_N, GATED, SCALES, INPUT_SCALES, HAS_BIAS,
-        )  # fmt: skip
+    finish(
+        output, tl.trans(sums), scale, input_scale, bias, rows, features, source,
+        ROWS, BLOCK_N, GATED, SCALES, INPUT_SCALES, HAS_BIAS,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,30 +148,20 @@ class Tiles:
     block_k: int
     num_warps: int
     num_stages: int
-    splits: int = 1
-    """of the depth, by *tiles*"""
 
 
-def resources_of(device: torch.device) -> tuple[int, int]:
-    """(bytes of shared memory that a program may have, multiprocessors)."""
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes that a program may have."""
     if device.type != "cuda":
-        return H200_SHARED_MEMORY, H200_PROCESSORS
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, properties.multi_processor_count  # type: ignore[attr-defined]
+        return H200_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def choose_tiles(
-    rows: int,
-    features: int,
-    itemsize: int = 2,
-    shared_memory: int = H200_SHARED_MEMORY,
-    processors: int = H200_PROCESSORS,
-) -> Tiles:
+def choose_tiles(rows: int, features: int, itemsize: int = 2, shared_memory: int = H200_SHARED_MEMORY) -> Tiles:
     """The fastest tiles found on an H200 (`benchmarks/gpu_linears.py --tune`); `itemsize`: bytes of a number.
 
     A program of 64 features streams its weights through stages of 16 KiB, and its rows through stages of 4 KiB for
-    every 16. The fewer programs there are for a multiprocessor, the more stages each needs to keep the memory busy;
-    where half of the multiprocessors had none, two share the depth.
+    every 16. The fewer programs there are for a multiprocessor, the more stages each needs to keep the memory busy.
     """
     if rows == 1 and features <= 4096 and itemsize > 1:
         return Tiles("rows", 8, 1024 // itemsize, 4, 3)
@@ -203,17 +169,11 @@ def choose_tiles(
     fitting = {width: shared_memory // ((width + padded(rows)) * 256) for width in (64, 128)}
     if rows > 16 and features > 8192 and itemsize > 1 and fitting[128] >= stages:
         return Tiles("tiles", 128, 256 // itemsize, 8, stages)
-    splits = 2 if 2 * triton.cdiv(features, 64) <= processors else 1
-    return Tiles("tiles", 64, 256 // itemsize, 4, max(2, min(stages, fitting[64])), splits)
+    return Tiles("tiles", 64, 256 // itemsize, 4, max(2, min(stages, fitting[64])))
 
 
 NORM_TILES = Tiles("rows", 16, 256, 4, 4)
 """For a norm before the product, on one row."""
-
-
-def new_arrivals(device: torch.device) -> torch.Tensor:
-    """Counters for split products, zero between calls. Calls that share them must be in one stream's order."""
-    return torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
 
 
 def padded(rows: int) -> int:
@@ -231,23 +191,18 @@ def skinny_linear(
     dtype: torch.dtype | None = None,
     gated: bool = False,
     tiles: Tiles | None = None,
-    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """input `[M, K]`, M ≤ 64; weight `[N, K]` -> input · (weight · scale)ᵀ + bias `[N]`, `[M, N]`, summed in float32.
 
     The weight is contiguous; both have one dtype. Those of float8_e4m3fn have float32 scales: the weight's `[1]` or
     `[N]`, `input_scale` `[M]`; the result then has `dtype`, and tensor cores may keep less than float32 of the sums
     (an H100: 14 bits). `gated`: silu(first half) · second half of the features, `[M, N / 2]`.
-
-    `arrivals` of `new_arrivals` let a product be split over its depth; there is none without.
     """
     rows, depth = input.shape
     features = weight.shape[0] // 2 if gated else weight.shape[0]
     input = input if input.stride(1) == 1 else input.contiguous()
     output = input.new_empty(rows, features, dtype=dtype or input.dtype)
-    tiles = tiles or choose_tiles(rows, weight.shape[0], weight.element_size(), *resources_of(input.device))
-    programs = triton.cdiv(weight.shape[0], tiles.block_n)
-    splits = tiles.splits if arrivals is not None and len(arrivals) >= programs else 1
+    tiles = tiles or choose_tiles(rows, weight.shape[0], weight.element_size(), shared_memory_of(input.device))
     common: dict[str, int] = {
         "DEPTH": depth,
         "BLOCK_N": tiles.block_n,
@@ -259,20 +214,17 @@ def skinny_linear(
         "HAS_BIAS": bias is not None,
         "num_warps": tiles.num_warps,
     }
+    grid = (triton.cdiv(weight.shape[0], tiles.block_n),)
     # A kernel needs a pointer where there is no scale or bias, too; it is never followed.
     scale, input_scale, bias = (input if each is None else each.contiguous() for each in (scale, input_scale, bias))
     if tiles.kernel == "rows":
-        linear_rows[(programs,)](
+        linear_rows[grid](
             input, input, input, weight, scale, input_scale, bias, output, output, rows, features, input.stride(0),
             0, 0.0, ROWS=triton.next_power_of_2(rows), NORM=False, **common,
         )  # fmt: skip
     else:
-        parts = output
-        if splits > 1:
-            parts = input.new_empty(splits * programs * tiles.block_n * padded(rows), dtype=torch.float32)
-        linear_tiles[(programs, splits)](
-            input, weight, scale, input_scale, bias, output, parts, output if splits == 1 else arrivals, rows,
-            features, input.stride(0), ROWS=padded(rows), SPLITS=splits,
+        linear_tiles[grid](
+            input, weight, scale, input_scale, bias, output, rows, features, input.stride(0), ROWS=padded(rows),
             PRECISION="ieee" if input.dtype == torch.float32 else "tf32", **common,
         )  # fmt: skip
     return output

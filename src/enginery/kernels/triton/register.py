@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 
-from enginery.kernels.triton import linear as linears
 from enginery.kernels.triton.add_rms_norm import add_rms_norm
 from enginery.kernels.triton.fused_linear import linear, norm_linear
 from enginery.kernels.triton.paged_attention import new_arrivals, paged_attention
@@ -22,7 +21,7 @@ def register() -> None:
     """To be called once in a process, not while a CUDA graph is captured."""
     arrivals = new_arrivals(torch.device("cuda"))
     unit = torch.ones((), device="cuda")
-    _LIBRARY.impl("linear", partial(linear, unit=unit, arrivals=linears.new_arrivals(torch.device("cuda"))), "CUDA")
+    _LIBRARY.impl("linear", partial(linear, unit=unit), "CUDA")
     _LIBRARY.impl("norm_linear", partial(norm_linear, unit=unit), "CUDA")
     _LIBRARY.impl("paged_attention", partial(paged_attention, arrivals=arrivals), "CUDA")
     _LIBRARY.impl("rotary_paged_attention", partial(rotary_paged_attention, arrivals=arrivals), "CUDA")
