@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("norm, pointwise", re.compile(r"^triton_(poi|per|red)_|layer_?norm|rms_?norm|silu|rotary|rope|add_norm", re.I)),
+    ("norm, pointwise", re.compile(r"^(add_and_normalise|gate|quantise|apply_scales)$")),
     ("copies", re.compile(r"^memcpy|^memset|copy_kernel|direct_copy|CatArray|copy_", re.I)),
     ("attention", re.compile(r"attend|attention|flash|fmha|merge_splits|write_cache|sdpa|paged", re.I)),
     ("sampling", re.compile(r"argmax|arg_max|topk|top_k|softmax|sort|scan|multinomial|sampl|random|exponential", re.I)),
