@@ -2,39 +2,85 @@
 
     python benchmarks/gpu_kernels.py [--layer] [--tune] [--decode | --prefill] [--write]
 
-The shapes are those of Llama-3.1-8B (32 query heads, 8 KV heads of 128) in bfloat16. A time is the median over replays
-of a CUDA graph that holds several calls on different data, so that nothing is left in the L2 cache from one call to
-the next. `--tune` also times the candidates of all tile choices, with rotary embedding as in a model; `--decode` and
-`--prefill` time nothing but those of one kind. `--layer` times a layer's attention and projections together; the
-projections alone: `gpu_linears.py`.
+The shapes are those of Llama-3.1-8B (32 query heads, 8 KV heads of 128) in bfloat16; block tables are as wide as the
+engine pads them. A time is the median over replays of a CUDA graph that holds several calls on different data, so that
+nothing is left in the L2 cache from one call to the next. Decoding is timed on contexts of one length, and on *ragged*
+ones, log-normal, as a server has them: in microseconds, as planned ("enginery"), with no context cut ("one split"), and
+what reading keys and values takes by the rate of a reduction ("least").
+
+`--tune` also times the candidates of all tile choices, with rotary embedding as in a model; `--decode` and `--prefill`
+time nothing but those of one kind. `--layer` times a layer's attention and projections together; the projections alone:
+`gpu_linears.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
+from enginery.engine.graphs import CONTEXTS, CONTEXTS_OF_FEW, FEW_SEQUENCES
 from enginery.kernels.triton import linear, paged_attention
 from enginery.kernels.triton.paged_attention import LaunchPlan, Tiling, new_arrivals, plan_launch
 from gpu_linears import LAYER, PROJECTIONS
 from gpu_timing import L2_BYTES, compile_all, read_bandwidth, seconds
 from record import record
 
+DEVICE = torch.device("cuda")
 HEADS, KV_HEADS, HEAD, BLOCK = 32, 8, 128, 16
 SCALE = HEAD**-0.5
 DECODE = ((1, 192), (1, 8192), (16, 8192), (32, 192), (128, 256), (256, 192))
+"""Sequences, and the keys of each."""
+RAGGED = (8, 26, 46, 91, 150, 248)
+"""Sequences, of `ragged` lengths."""
 PREFILL = (1024, 8192)
+
+Times = dict[LaunchPlan | None, float]
+"""Seconds of a call by its plan; None: as it is chosen."""
+
+
+def ragged(sequences: int) -> list[int]:
+    """Keys of each sequence: log-normal, the same in every run."""
+    draw = random.Random(sequences)
+    return [min(2200, max(20, int(draw.lognormvariate(5.55, 0.75)))) for _ in range(sequences)]
+
+
+def columns_for(lengths: Sequence[int]) -> int:
+    """Of the block tables of a step of so many keys, as the engine pads them."""
+    sizes = CONTEXTS_OF_FEW if len(lengths) <= FEW_SEQUENCES else CONTEXTS
+    return next(size for size in sizes if size * BLOCK >= max(lengths))
+
+
+def layers_for(keys: int) -> int:
+    """Pools enough that one call's cannot stay in the L2 until its next turn; at least eight calls a graph."""
+    return max(8, -(-4 * L2_BYTES // bytes_of(keys)))
+
+
+def bytes_of(keys: int) -> int:
+    """Of keys and values in a layer."""
+    return keys * KV_HEADS * HEAD * 2 * 2
+
+
+def operations(tokens: int) -> float:
+    """Of causal attention over one fresh sequence."""
+    return 4 * HEADS * HEAD * tokens * (tokens + 1) / 2
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
 
 @dataclass
 class Batch:
-    """A call's tensors: sequences with `new` tokens each after `context` cached ones, and several layers' pools."""
+    """A call's tensors, and several layers' pools."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -45,19 +91,19 @@ class Batch:
     arrivals: torch.Tensor
 
     @classmethod
-    def random(cls, sequences: int, new: int, context: int, layers: int) -> Batch:
-        tokens, width = sequences * new, -(-(context + new) // BLOCK)
-        make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-        shape = (sequences * width, KV_HEADS, BLOCK, HEAD)
-        tables = torch.randperm(sequences * width, device="cuda").view(sequences, width).int()
-        places = torch.arange(context, context + new, device="cuda")
-        slots = (tables[:, places // BLOCK].long() * BLOCK + places % BLOCK).flatten()
-        start = torch.arange(sequences + 1, device="cuda", dtype=torch.int32) * new
-        lengths = torch.full((sequences,), context + new, device="cuda", dtype=torch.int32)
-        heads = [make(tokens, count, HEAD) for count in (HEADS, KV_HEADS, KV_HEADS)]
-        pools = [(make(shape), make(shape)) for _ in range(layers)]
-        arrivals = new_arrivals(torch.device("cuda"))
-        return cls(*heads, pools, (slots, tables, start, lengths), (make(tokens, HEAD), make(tokens, HEAD)), arrivals)
+    def random(cls, lengths: Sequence[int], new: int, layers: int) -> Batch:
+        """Sequences of so many keys, the last `new` of each of them new; their blocks are scattered."""
+        tokens, blocks = len(lengths) * new, [-(-length // BLOCK) for length in lengths]
+        tables = pad_sequence(torch.randperm(sum(blocks)).int().split(blocks), batch_first=True)
+        tables = pad(tables, (0, columns_for(lengths) - tables.shape[1]))
+        places = torch.tensor(lengths)[:, None] - new + torch.arange(new)
+        slots = (tables.gather(1, places // BLOCK).long() * BLOCK + places % BLOCK).flatten()
+        start = torch.arange(0, tokens + 1, new).int()
+        metadata = tuple(each.to(DEVICE) for each in (slots, tables, start, torch.tensor(lengths).int()))
+        heads = [randn(tokens, count, HEAD) for count in (HEADS, KV_HEADS, KV_HEADS)]
+        shape = (sum(blocks), KV_HEADS, BLOCK, HEAD)
+        pools = [(randn(*shape), randn(*shape)) for _ in range(layers)]
+        return cls(*heads, pools, metadata, (randn(tokens, HEAD), randn(tokens, HEAD)), new_arrivals(DEVICE))
 
     def calls(self, plan: LaunchPlan | None = None, *, rotary: bool = False) -> list[Callable]:
         attend = partial(
@@ -66,50 +112,39 @@ class Batch:
         heads = (self.query, self.key, self.value)
         return [partial(attend, *heads, *pool, *self.metadata, SCALE) for pool in self.pools]
 
-
-def layers_for(sequences: int, context: int) -> int:
-    """Pools enough that one call's cannot stay in the L2 until its next turn; at least eight calls a graph."""
-    return max(8, -(-4 * L2_BYTES // (sequences * context * KV_HEADS * HEAD * 4)))
+    def times(self, plans: Iterable[LaunchPlan | None], *, rotary: bool = False) -> Times:
+        return {plan: seconds(self.calls(plan, rotary=rotary)) for plan in plans}
 
 
-def default_plan(sequences: int, new: int, context: int) -> LaunchPlan:
-    gpu = paged_attention.Gpu.of(torch.device("cuda", 0))
-    return plan_launch(gpu, sequences * new, sequences, context, KV_HEADS, HEADS // KV_HEADS, HEAD, 2)
+def default_plan(lengths: Sequence[int], new: int = 1) -> LaunchPlan:
+    gpu, capacity = paged_attention.Gpu.of(DEVICE), columns_for(lengths) * BLOCK
+    return plan_launch(gpu, len(lengths) * new, len(lengths), capacity, KV_HEADS, HEADS // KV_HEADS, HEAD, 2)
 
 
-def decode(
-    sequences: int, context: int, plans: Iterable[LaunchPlan | None], *, rotary: bool = False
-) -> dict[LaunchPlan | None, float]:
-    """TB/s of keys and values read, `context` counting the new token."""
-    batch = Batch.random(sequences, 1, context - 1, layers_for(sequences, context))
-    volume = sequences * context * KV_HEADS * HEAD * 2 * 2
-    return {plan: volume / seconds(batch.calls(plan, rotary=rotary)) / 1e12 for plan in plans}
+def decode(lengths: Sequence[int], plans: Iterable[LaunchPlan | None], *, rotary: bool = False) -> Times:
+    """`lengths` count the new token of each sequence."""
+    return Batch.random(lengths, 1, layers_for(sum(lengths))).times(plans, rotary=rotary)
 
 
-def prefill(tokens: int, plans: Iterable[LaunchPlan | None], *, rotary: bool = False) -> dict[LaunchPlan | None, float]:
-    """TFLOP/s of causal attention over one fresh sequence, the writing of the cache included."""
-    batch = Batch.random(1, tokens, 0, 4)
-    work = 4 * HEADS * HEAD * tokens * (tokens + 1) / 2
-    return {plan: work / seconds(batch.calls(plan, rotary=rotary)) / 1e12 for plan in plans}
+def prefill(tokens: int, plans: Iterable[LaunchPlan | None], *, rotary: bool = False) -> Times:
+    """Causal attention over one fresh sequence, the writing of the cache included."""
+    return Batch.random([tokens], tokens, 4).times(plans, rotary=rotary)
 
 
 def sdpa_decode(sequences: int, context: int, backend: SDPBackend) -> float:
-    """torch's attention over dense keys and values, in the same unit as `decode`."""
-    make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-    query = make(sequences, HEADS, 1, HEAD)
+    """Seconds of torch's attention over dense keys and values."""
+    query, shape = randn(sequences, HEADS, 1, HEAD), (sequences, KV_HEADS, context, HEAD)
     attend = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
-    shape = (sequences, KV_HEADS, context, HEAD)
     with sdpa_kernel(backend):
-        calls = [partial(attend, query, make(shape), make(shape)) for _ in range(layers_for(sequences, context))]
-        return sequences * context * KV_HEADS * HEAD * 4 / seconds(calls) / 1e12
+        layers = layers_for(sequences * context)
+        return seconds([partial(attend, query, randn(*shape), randn(*shape)) for _ in range(layers)])
 
 
 def sdpa_prefill(tokens: int, backend: SDPBackend) -> float:
-    make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-    query, key, value = (make(1, count, tokens, HEAD) for count in (HEADS, KV_HEADS, KV_HEADS))
+    query, key, value = (randn(1, count, tokens, HEAD) for count in (HEADS, KV_HEADS, KV_HEADS))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     with sdpa_kernel(backend):
-        return 4 * HEADS * HEAD * tokens * (tokens + 1) / 2 / seconds([partial(attend, query, key, value)] * 4) / 1e12
+        return seconds([partial(attend, query, key, value)] * 4)
 
 
 DECODE_SPLITS = {
@@ -122,44 +157,56 @@ def decode_candidates(splits: Iterable[int]) -> list[LaunchPlan]:
     shapes = [
         (16, 1, 4), (16, 1, 5), (16, 1, 8), (16, 2, 5), (32, 2, 5), (32, 4, 5), (64, 4, 3), (64, 4, 5),
     ]  # fmt: skip
-    base = replace(default_plan(1, 1, 8192), share=1)
+    base = replace(default_plan([8192]), share=1)
     return [replace(base, short=Tiling(16, *shape), splits=count) for shape, count in itertools.product(shapes, splits)]
+
+
+def ragged_candidates(lengths: Sequence[int]) -> list[LaunchPlan]:
+    """Numbers of splits, and what each gets at least, in the tiles that are chosen."""
+    base = default_plan(lengths)
+    pairs = [(1, 1), *itertools.product((2, 4, 8, 16), (1, 8, 16, 32))]
+    return [replace(base, splits=splits, share=share) for splits, share in pairs]
 
 
 def prefill_candidates() -> list[LaunchPlan]:
     shapes = [
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
     ]  # fmt: skip
-    base = default_plan(1, 1024, 1024)
+    base = default_plan([1024], 1024)
     ways = itertools.product(shapes, (False, True))
     return [replace(base, long=Tiling(*shape, descriptors)) for shape, descriptors in ways]
 
 
 def compile_one(plan: LaunchPlan) -> None:
-    batch = Batch.random(1, 1, 63, 1) if plan.decode else Batch.random(1, 32, 0, 1)
+    batch = Batch.random([64], 1, 1) if plan.decode else Batch.random([32], 32, 1)
     batch.calls(plan, rotary=True)[0]()
 
 
 def tune(workers: int, kinds: Sequence[str]) -> dict:
-    """The six best of each, with their rates; `kinds` of "decode" and "prefill"."""
-    plans: dict = {}
+    """Microseconds of the six fastest of each; `kinds` of "decode" and "prefill"."""
+    cases: dict[str, tuple[Callable, list[LaunchPlan]]] = {}
     if "decode" in kinds:
-        plans |= {partial(decode, *shape): decode_candidates(splits) for shape, splits in DECODE_SPLITS.items()}
+        for (sequences, context), splits in DECODE_SPLITS.items():
+            cases[f"decode {sequences} x {context}"] = partial(decode, [context] * sequences), decode_candidates(splits)
+        for sequences in RAGGED:
+            lengths = ragged(sequences)
+            cases[f"decode {sequences} x {spread(lengths)}"] = partial(decode, lengths), ragged_candidates(lengths)
     if "prefill" in kinds:
-        plans |= {partial(prefill, tokens): prefill_candidates() for tokens in PREFILL}
-    good = compile_all(compile_one, itertools.chain(*plans.values()), workers)
+        cases |= {f"prefill {tokens}": (partial(prefill, tokens), prefill_candidates()) for tokens in PREFILL}
+    good = compile_all(compile_one, itertools.chain.from_iterable(plans for _, plans in cases.values()), workers)
     results = {}
-    for run, candidates in plans.items():
-        rates = run([plan for plan in candidates if plan in good], rotary=True)
-        results[" ".join(map(str, (run.func.__name__, *run.args)))] = ranked(
-            {(p.short, p.splits) if p.decode else p.long: rate for p, rate in rates.items()}, 6
-        )
+    for name, (run, plans) in cases.items():
+        times = run([plan for plan in plans if plan in good], rotary=True)
+        results[name] = {shown(plan): round(times[plan] * 1e6, 2) for plan in sorted(times, key=times.__getitem__)[:6]}
     return results
 
 
-def ranked(rates: dict, count: int) -> list[tuple[str, float]]:
-    best = sorted(rates.items(), key=lambda item: -item[1])[:count]
-    return [(str(key), round(rate, 3)) for key, rate in best]
+def spread(lengths: Sequence[int]) -> str:
+    return f"{sum(lengths) // len(lengths)} on average, {max(lengths)} at most"
+
+
+def shown(plan: LaunchPlan) -> str:
+    return f"{plan.short}, {plan.splits} splits of {plan.share} blocks" if plan.decode else str(plan.long)
 
 
 def layer(rows: int, context: int, function: Callable, *, overlap: bool, layers: int = 6) -> float:
@@ -167,11 +214,11 @@ def layer(rows: int, context: int, function: Callable, *, overlap: bool, layers:
 
     `function(input, weight)` does the projections; `overlap` is for attention.
     """
-    batch = Batch.random(rows, 1, context - 1, layers)
-    attention = batch.calls(replace(default_plan(rows, 1, context), overlap=overlap))
-    make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-    weights = [[make(PROJECTIONS[name]) / 100 for name in LAYER] for _ in range(layers)]
-    hidden, gated = make(rows, 4096), make(rows, 14336)
+    lengths = [context] * rows
+    batch = Batch.random(lengths, 1, layers)
+    attention = batch.calls(replace(default_plan(lengths), overlap=overlap))
+    weights = [[randn(*PROJECTIONS[name]) / 100 for name in LAYER] for _ in range(layers)]
+    hidden, gated = randn(rows, 4096), randn(rows, 14336)
 
     def run(index: int) -> None:
         qkv, o, gate_up, down = weights[index]
@@ -203,27 +250,45 @@ def compare_layers() -> dict:
     }
 
 
-def measure() -> dict:
-    """Our kernels as they are chosen, beside torch's."""
+def measure(limit: float) -> dict:
+    """Our kernels as they are chosen, beside torch's, and beside the `limit` in TB/s of what reads."""
     results: dict = {}
     for sequences, context in DECODE:
-        results[f"decode {sequences} x {context}, TB/s"] = {
-            "enginery": decode(sequences, context, [None])[None],
+        times = {
+            "enginery": decode([context] * sequences, [None])[None],
             "cudnn (dense)": sdpa_decode(sequences, context, SDPBackend.CUDNN_ATTENTION),
             "flash (dense)": sdpa_decode(sequences, context, SDPBackend.FLASH_ATTENTION),
         }
+        results[f"decode {sequences} x {context}, TB/s"] = rates(bytes_of(sequences * context), times)
+    for sequences in RAGGED:
+        lengths = ragged(sequences)
+        whole = replace(default_plan(lengths), splits=1)
+        by_plan = decode(lengths, [None, whole])
+        results[f"decode {sequences} x {spread(lengths)}, us"] = {
+            "enginery": by_plan[None] * 1e6,
+            "one split": by_plan[whole] * 1e6,
+            "least": bytes_of(sum(lengths)) / limit * 1e-6,
+        }
     for tokens in PREFILL:
-        results[f"prefill {tokens}, TFLOP/s"] = {
+        times = {
             "enginery": prefill(tokens, [None])[None],
             "cudnn (dense)": sdpa_prefill(tokens, SDPBackend.CUDNN_ATTENTION),
             "flash (dense)": sdpa_prefill(tokens, SDPBackend.FLASH_ATTENTION),
         }
+        results[f"prefill {tokens}, TFLOP/s"] = rates(operations(tokens), times)
     return results | compare_layers()
+
+
+def rates(work: float, times: dict[str, float]) -> dict[str, float]:
+    """Tera-units a second."""
+    return {name: work / time / 1e12 for name, time in times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="time all candidates, too; the six best of each are kept")
+    parser.add_argument(
+        "--tune", action="store_true", help="time all candidates, too, and keep the six fastest of each"
+    )
     parser.add_argument("--decode", action="store_true", help="only tune the tiles of decoding")
     parser.add_argument("--prefill", action="store_true", help="only tune the tiles of prompts")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile candidates (default: 8)")
@@ -233,13 +298,13 @@ def main() -> None:
     only = [kind for kind in ("decode", "prefill") if getattr(options, kind)]
     if only:
         for name, best in tune(options.workers, only).items():
-            print(name, *best, sep="\n  ")
+            print(f"{name}, us", *(f"{time}: {plan}" for plan, time in best.items()), sep="\n  ")
         return
     if options.layer:
         record("gpu_layer", compare_layers(), write=options.write)
         return
     limit = read_bandwidth()
-    measured = measure()
+    measured = measure(limit)
     tuned = tune(options.workers, ("decode", "prefill")) if options.tune else {}
     record("gpu_kernels", {"read, TB/s": limit, **measured, "tuned": tuned}, table=measured, write=options.write)
 
