@@ -67,7 +67,7 @@ def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def attend(tokens: int, sequences: int, columns: int, **options: Any) -> None:
-    gpu = paged_attention.Gpu(132, overlap=True)
+    gpu = paged_attention.Gpu(132, hopper_or_later=True)
     plan = paged_attention.plan_launch(gpu, tokens, sequences, columns * 16, 8, 4, 128, 2)
     heads = make(tokens, 48 * 128).view(tokens, 48, 128).split((32, 8, 8), 1)
     pools = (make(99, 8, 16, 128), make(99, 8, 16, 128))

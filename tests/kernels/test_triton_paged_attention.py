@@ -224,7 +224,7 @@ def test_no_sequences_give_zeros() -> None:
 
 
 def test_capacity_decides_the_splits() -> None:
-    gpu = kernels.Gpu(processors=132, overlap=True)
+    gpu = kernels.Gpu(processors=132, hopper_or_later=True)
     llama = {"kv_heads": 8, "groups": 4, "width": 128, "itemsize": 2}
     alone = kernels.plan_launch(gpu, 1, 1, 8192, **llama)
     crowd = kernels.plan_launch(gpu, 256, 256, 8192, **llama)

@@ -1,8 +1,8 @@
 """Our kernels for the usual steps, compiled while the compilers of the regions run.
 
 A Triton kernel is compiled when it is first called, once for each set of dtypes, alignments and constants: dozens for
-the shapes that are captured, one after another, where the process would otherwise wait for the regions. So the regions
-are run by their operators on empty steps of these shapes, in the process that will capture them.
+the shapes that are captured, one after another. The process that will capture them has to wait for the regions anyway;
+meanwhile it runs them by their operators, on empty steps of these shapes.
 """
 
 from __future__ import annotations

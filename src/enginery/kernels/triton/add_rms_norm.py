@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from enginery.kernels.triton.float8 import rounded
+from enginery.kernels.triton.float8 import rounded, warps
 
 
 @triton.jit
@@ -63,5 +63,5 @@ def _launch(
         add_and_normalise[(rows.shape[0],)](
             rows, others, weight.contiguous(), normed, total if scales is None else scales, total, rows.stride(0),
             others.stride(0), eps,
-            WIDTH=width, PADDED=padded, FLOAT8=scales is not None, num_warps=min(max(padded // 512, 1), 16),
+            WIDTH=width, PADDED=padded, FLOAT8=scales is not None, num_warps=warps(padded),
         )  # fmt: skip

@@ -19,9 +19,7 @@ def store_rows(pointer, offsets, columns, data, inside, ROW: tl.constexpr):
 
 
 @triton.jit
-def load_head(
-    pointer, columns, inside, cos, sin, ROTARY: tl.constexpr, ROW: tl.constexpr
-):  # fmt: skip
+def load_head(pointer, columns, inside, cos, sin, ROTARY: tl.constexpr, ROW: tl.constexpr):
     """One head `[columns]` of a token, with ROTARY turned by its position: x·cos + turn(x)·sin (Su et al., 2021).
 
     turn(first half, second) = (−second, first); `cos` and `sin` point at the token's rows of the tables.

@@ -3,8 +3,8 @@
 Two kernels share the batch by the number of a sequence's new tokens, which only the device knows:
 
 - *short* (at most BLOCK_Q new tokens: decoding, speculation): split-K (Dao et al., "Flash-Decoding", 2023). The keys of
-  a sequence are cut into as many parts as fill the GPU at the batch's capacity, but not into smaller ones than are
-  worth a program; the program that ends last merges the parts.
+  a sequence are cut into parts (`plan_splits`), so that few sequences fill the GPU and a long one among many does not
+  hold it up; the program that ends last merges the parts.
 - *long* (prefill chunks): one program per tile of queries and kv head; blocks of keys that the causal mask or the
   window hides are skipped. New keys are read where the projections left them, cached ones through the table.
 
@@ -54,6 +54,7 @@ class LaunchPlan:
     """Everything of a call that is fixed before the GPU sees it; a function of shapes and dtypes alone."""
 
     decode: bool
+    """As many tokens as sequences: one launch, which writes the cache, too."""
     short: Tiling
     long: Tiling
     splits: int
@@ -61,7 +62,7 @@ class LaunchPlan:
     share: int = 1
     """Blocks of keys that each split gets at least: with fewer, there are fewer splits."""
     overlap: bool = False
-    """Launch a kernel while its predecessor still runs (programmatic dependent launch, from compute capability 9.0)."""
+    """Launch *short* while its predecessor still runs (programmatic dependent launch, from compute capability 9.0)."""
 
     @property
     def launches(self) -> tuple[str, ...]:
@@ -75,14 +76,16 @@ def power_of_two(number: int) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan depends on: the number of multiprocessors, and whether launches can overlap."""
+    """What a plan depends on."""
 
     processors: int
-    overlap: bool
+    """multiprocessors"""
+    hopper_or_later: bool
+    """Compute capability 9.0 or more: launches can overlap, and tiles come by tensor descriptors."""
 
     @property
     def programs(self) -> int:
-        """That *short* runs at a time, four a multiprocessor: more splits than fill these gain nothing."""
+        """Of *short* that fill the GPU, four a multiprocessor: equal contexts gain nothing by more splits than that."""
         return 4 * self.processors
 
     @classmethod
@@ -91,11 +94,6 @@ class Gpu:
             return cls(1, False)
         properties = torch.cuda.get_device_properties(device)
         return cls(properties.multi_processor_count, properties.major >= 9)
-
-
-def is_decode(query: torch.Tensor, block_tables: torch.Tensor) -> bool:
-    """As many tokens as sequences: the plan of one launch, which writes the cache, too."""
-    return len(query) == len(block_tables)
 
 
 def plan_launch(
@@ -110,11 +108,11 @@ def plan_launch(
     if itemsize > 2:
         short, long = Tiling(rows, 16, 4, 3), Tiling(rows, 16, 4, 2)
     elif width <= 128:
-        short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 64), 64, 4, 3, gpu.overlap)
+        short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 64), 64, 4, 3, gpu.hopper_or_later)
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
     splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n)
-    return LaunchPlan(tokens == sequences, short, long, splits, share, overlap=gpu.overlap)
+    return LaunchPlan(tokens == sequences, short, long, splits, share, overlap=gpu.hopper_or_later)
 
 
 def plan_splits(gpu: Gpu, pairs: int, blocks: int) -> tuple[int, int]:
@@ -122,7 +120,7 @@ def plan_splits(gpu: Gpu, pairs: int, blocks: int) -> tuple[int, int]:
 
     Few pairs are cut until they fill the GPU. Many fill it by themselves, but contexts differ: a long one, served by a
     single program, would hold up the step (248 sequences of 343 keys on average and 2,138 at most: 153 µs in one piece
-    each, 113 in pieces of at least 512 keys on an H200).
+    each, 113 in pieces of at least 512 keys on an H200; `benchmarks/gpu_kernels.py`).
     """
     filling = gpu.programs // max(1, pairs)
     choices = ((8, filling, 1), (2, 16, 16), (1, 8, 16), (0, 4, 32))
@@ -188,8 +186,8 @@ def paged_attention(
 ) -> torch.Tensor:
     """The contract of `enginery::paged_attention`, in 16 and 32 bits.
 
-    `plan` overrides the choice of tiles. `angles`: tables cos and sin `[T, Dk]` by which queries and new keys are
-    turned on their way. `arrivals`: of `new_arrivals`; without, or with too few, a call has its own.
+    `plan` overrides the choice. `angles`: tables cos and sin `[T, Dk]` by which queries and new keys are turned on
+    their way. `arrivals`: of `new_arrivals`; without, or with too few, a call has its own.
     """
     query, key, value = rows_of(query), rows_of(key), rows_of(value)
     _check_layout("key_cache", key_cache)
