@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tests.engine.decoder import Batcher, Decoder, random_tokens
 
 from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.engine import Engine
-from enginery.errors import EngineFileError, StepError
+from enginery.errors import EngineFileError, EngineryWarning, StepError, UsageError
 
 
 def test_prefill_decode_and_mixed_steps_equal_the_model(compiled: Engine, model: Decoder) -> None:
@@ -95,6 +96,18 @@ def test_code_of_somebody_else_is_compiled_again_unless_trusted(
     with pytest.raises(AssertionError):
         Engine.load(compiled.directory, CONFIG)
     Engine.load(compiled.directory, CONFIG, trust_engine_code=True).close()
+
+
+def test_an_engine_compiled_elsewhere_says_so_but_not_before_a_mistake(
+    compiled: Engine, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("enginery.engine.engine.fingerprint", lambda device: "0123456789abcdef")
+    monkeypatch.setattr("enginery.engine.compile.lower", refuse_to_compile)
+    with warnings.catch_warnings(), pytest.raises(UsageError, match="max_model_len is 999999"):
+        warnings.simplefilter("error")
+        Engine.load(compiled.directory, dataclasses.replace(CONFIG, max_model_len=999_999))
+    with pytest.warns(EngineryWarning, match="another machine, torch or Enginery"), pytest.raises(AssertionError):
+        Engine.load(compiled.directory, CONFIG)
 
 
 def test_a_cache_that_others_may_write_is_refused(compiled: Engine, fresh_cache: Path) -> None:

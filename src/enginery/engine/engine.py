@@ -163,13 +163,17 @@ class Engine:
         """
         config = config or BuildConfig()
         artifact = open_artifact(Path(directory), report=progress)
-        _require_same(artifact.manifest, config, Path(directory))
+        manifest = artifact.manifest
+        _require_same(manifest, config, Path(directory))
+        regions = outline(artifact.network)
+        plan_memory(artifact.network, regions, manifest.facts, config, manifest.device)  # fails before the work does
         if config.backend == "compiled":
-            cache = CodeCache(fingerprint(artifact.manifest.device))
+            cache = CodeCache(fingerprint(manifest.device))
             cache.adopt(artifact.kernels(cache.fingerprint), trust=trust_engine_code)
-            if artifact.is_foreign(cache.fingerprint) and not all(map(cache.find, outline(artifact.network).distinct)):
+            if artifact.is_foreign(cache.fingerprint) and not all(map(cache.find, regions.distinct)):
                 warnings.warn(
-                    f"{directory} was compiled for another machine or torch: its regions are compiled again, once",
+                    f"{directory} was compiled for another machine, torch or Enginery: its regions are compiled "
+                    "again, once",
                     EngineryWarning,
                     stacklevel=2,
                 )
