@@ -275,6 +275,22 @@ def test_every_banned_token_is_an_error_of_that_request() -> None:
     assert session.generate([[1]], GREEDY)[0].outputs[0].finish_reason == "error"
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_is_computed_behind_an_end_cannot_fail_the_other_completions(overlap: bool) -> None:
+    def logits_of(contexts: list[list[int]]) -> torch.Tensor:
+        logits = torch.full((len(contexts), VOCABULARY), -1e9)
+        for row, context in zip(logits, contexts, strict=True):
+            row[[1, 7] if len(context) == 2 else [1]] = 0.0
+            if context[-1] == 7:
+                row.fill_(math.nan)
+        return logits
+
+    session = make_session(logits_of=logits_of, overlap=overlap, eos_token_ids=(7,))
+    (output,) = session.generate([[3]], SamplingParams(n=8, max_tokens=6, seed=0))
+    assert {completion.finish_reason for completion in output.outputs} == {"stop", "length"}
+    check_idle(session)
+
+
 def test_end_of_sequence_and_min_tokens() -> None:
     logits = torch.tensor([0.0, 3.0, 2.0])
     session = make_session(

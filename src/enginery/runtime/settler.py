@@ -96,14 +96,14 @@ class Settler:
             if response is None:
                 continue  # it ended while the step was on its way
             try:
-                if place in failed:
-                    raise ArithmeticError("the model gave no finite logits, or every token was banned")
                 if not request.is_prefilled:
                     self._fork_prompt(request)
                 if choices is not None and request.num_choices > 1:
                     sequence = request.sequences[int(choices[place])]
                 if sequence.status is finished:
-                    continue
+                    continue  # computed once too often
+                if place in failed:
+                    raise ArithmeticError("the model gave no finite logits, or every token was banned")
                 if response.search is None:
                     self._append(response, sequence, token_ids[place])
                     if samples.logprobs is not None and place in samples.logprobs_row:
