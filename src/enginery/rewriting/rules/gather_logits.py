@@ -151,4 +151,5 @@ def _gathered(tensor: Any, indices: Any) -> Any:
         return torch.index_select(tensor, rows.axis, indices)
     before, after = tensor.shape[: rows.axis], tensor.shape[rows.axis + 1 :]
     by_token = tensor.reshape([*before, Dim.symbol(TOKENS), rows.per_token, *after])
-    return torch.index_select(by_token, rows.axis, indices).reshape([*before, indices.shape[0] * rows.per_token, *after])
+    gathered = torch.index_select(by_token, rows.axis, indices)
+    return gathered.reshape([*before, indices.shape[0] * rows.per_token, *after])
