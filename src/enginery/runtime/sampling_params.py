@@ -17,7 +17,6 @@ MAX_STOP_LENGTH = 128
 MAX_STOP_TOKENS = 256
 MAX_BIASED_TOKENS = 1024
 MAX_BAD_WORDS = 256
-MAX_BAD_WORD_TOKENS = 64
 MAX_TOKENS = 2**31 - 1
 MAX_TOP_K = 2**31 - 1
 
@@ -107,10 +106,6 @@ class SamplingParams:
         _check_bias(self.logit_bias)
         if self.stop and not self.detokenize:
             raise RequestError("stop needs the text of the output", "Set detokenize=True, or use stop_token_ids")
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
 
     @property
     def has_penalties(self) -> bool:
