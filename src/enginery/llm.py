@@ -30,7 +30,7 @@ from enginery.rewriting.isolation import check_tokens_apart
 from enginery.rewriting.pipeline import apply_phases
 from enginery.rewriting.pipeline import nearest_miss as explain_rule
 from enginery.runtime.outputs import RequestOutput
-from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, final_only
+from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from enginery.runtime.session import Session, SessionConfig
 from enginery.runtime.stats import SessionStats
 
@@ -332,19 +332,7 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params or self.default_params] * len(prompts)
         if len(each) != len(prompts):
             raise UsageError(f"{len(each)} params for {len(prompts)} prompts", "Give one for all or one for each")
-        ids: list[str] = []
-        try:
-            for (text, tokens), wanted in zip(prompts, each, strict=True):
-                ids.append(self.session.add(tokens, final_only(wanted), prompt=text))
-            final: dict[str, RequestOutput] = {}
-            while len(final) < len(ids):
-                done = [output for output in self.session.step() if output.finished]
-                final.update((output.request_id, output) for output in done if output.request_id in ids)
-        except BaseException:
-            for request_id in ids:
-                self.session.cancel(request_id)
-            raise
-        return [final[request_id] for request_id in ids]
+        return self.session.generate([tokens for _, tokens in prompts], each, [text for text, _ in prompts])
 
     # Prompts
 

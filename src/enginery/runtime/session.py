@@ -189,24 +189,26 @@ class Session:
         self,
         prompts: Iterable[Iterable[int]],
         params: SamplingParams | BeamSearchParams | Iterable[SamplingParams | BeamSearchParams],
+        texts: Iterable[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Serves token-id prompts to the end and returns their final outputs, in order, whatever their output_kind.
 
-        Parameters are shared or one per prompt. Outputs of requests added elsewhere are lost meanwhile. If anything
-        raises, the prompts of this call are cancelled.
+        Parameters are shared or one per prompt; `texts`: of the prompts, repeated in the outputs. Outputs of requests
+        added elsewhere are lost meanwhile. If anything raises, the prompts of this call are cancelled.
         """
         prompts = list(prompts)
         if isinstance(params, (SamplingParams, BeamSearchParams)):
             each = [final_only(params)] * len(prompts)
         else:
             each = [final_only(wanted) for wanted in params]
-        waiting = deque(zip(prompts, each, strict=True))
+        waiting = deque(zip(prompts, each, [None] * len(prompts) if texts is None else texts, strict=True))
         final: dict[str, RequestOutput | None] = {}
         num_final = 0
         try:
             while waiting or num_final < len(final):
                 while waiting and not self.is_full:
-                    final[self.add(*waiting.popleft())] = None
+                    tokens, wanted, text = waiting.popleft()
+                    final[self.add(tokens, wanted, prompt=text)] = None
                 for output in self.step():
                     if output.finished and output.request_id in final:
                         final[output.request_id] = output
