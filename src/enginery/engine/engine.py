@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,14 @@ class Parts:
     weights: Mapping[str, torch.Tensor]
     directory: Path | None
 
+    @classmethod
+    def of(cls, artifact: Artifact) -> Parts:
+        return cls(artifact.network, artifact.manifest, artifact.weights(), artifact.directory)
+
+    @cached_property
+    def regions(self) -> Outline:
+        return outline(self.network)
+
 
 class Engine:
     """Satisfies `protocol.Engine`. Made by `Engine.load` and `builder.build`. One thread at a time.
@@ -68,7 +76,7 @@ class Engine:
         self.manifest = parts.manifest
         self.backend = config.backend
         self.device = torch.device(parts.manifest.device)
-        self.regions: Outline = outline(parts.network)
+        self.regions: Outline = parts.regions
         self.plan: MemoryPlan = plan_memory(parts.network, self.regions, self.facts, config, self.device.type)
         warn_of_references(TABLE.load(self.device.type))
         self._network = parts.network
@@ -165,25 +173,24 @@ class Engine:
         artifact = open_artifact(Path(directory), report=progress)
         manifest = artifact.manifest
         _require_same(manifest, config, Path(directory))
-        regions = outline(artifact.network)
-        plan_memory(artifact.network, regions, manifest.facts, config, manifest.device)  # fails before the work does
+        parts = Parts.of(artifact)
+        plan_memory(parts.network, parts.regions, manifest.facts, config, manifest.device)  # fails before the work does
         if config.backend == "compiled":
             cache = CodeCache(fingerprint(manifest.device))
             cache.adopt(artifact.kernels(cache.fingerprint), trust=trust_engine_code)
-            if artifact.is_foreign(cache.fingerprint) and not all(map(cache.find, regions.distinct)):
+            if artifact.is_foreign(cache.fingerprint) and not all(map(cache.find, parts.regions.distinct)):
                 warnings.warn(
                     f"{directory} was compiled for another machine, torch or Enginery: its regions are compiled "
                     "again, once",
                     EngineryWarning,
                     stacklevel=2,
                 )
-        return cls.open(artifact, config, progress)
+        return cls(parts, config, progress)
 
     @classmethod
     def open(cls, artifact: Artifact, config: BuildConfig, progress: Progress | None = None) -> Engine:
         """Opens an artifact that has been verified, or was just written."""
-        parts = Parts(artifact.network, artifact.manifest, artifact.weights(), artifact.directory)
-        return cls(parts, config, progress)
+        return cls(Parts.of(artifact), config, progress)
 
     @property
     def limits(self) -> EngineLimits:
