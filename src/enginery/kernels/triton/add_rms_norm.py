@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from enginery.kernels.triton.float8 import rounded, warps
+from enginery.ops.precision import FLOAT8
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def add_rms_norm_float8(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(the norm's result `[..., K]` float8, the scale of each row `[M]` float32, the sum)."""
-    normed, total = x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape)
+    normed, total = x.new_empty(x.shape, dtype=FLOAT8), x.new_empty(x.shape)
     scales = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     _launch(x, residual, weight, eps, normed, scales, total)
     return normed, scales, total

@@ -11,12 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = tl.constexpr(448.0)
-SMALLEST_MAXIMUM = tl.constexpr(1e-12)
-"""stands for the maximum of a row of zeros"""
-MULTIPLE = 16
-"""of both sides of a weight: what the matrix units take"""
+from enginery.ops import precision
+
+LARGEST = tl.constexpr(precision.LARGEST)
+SMALLEST_MAXIMUM = tl.constexpr(precision.SMALLEST_MAXIMUM)
 BLOCK = 1024
 """columns of a program that applies scales"""
 
@@ -42,7 +40,7 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x `[M, K]` -> (x / scale `[M, K]` float8, scale of each row `[M]` float32)."""
     rows, width = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    output, scales = x.new_empty(rows, width, dtype=FLOAT8), x.new_empty(rows, dtype=torch.float32)
+    output, scales = x.new_empty(rows, width, dtype=precision.FLOAT8), x.new_empty(rows, dtype=torch.float32)
     padded = triton.next_power_of_2(width)
     quantise[(rows,)](x, output, scales, x.stride(0), WIDTH=width, PADDED=padded, num_warps=warps(padded))
     return output, scales

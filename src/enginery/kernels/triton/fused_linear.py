@@ -11,9 +11,10 @@ import math
 import torch
 
 from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
-from enginery.kernels.triton.float8 import MULTIPLE, float8_product, quantised
+from enginery.kernels.triton.float8 import float8_product, quantised
 from enginery.kernels.triton.linear import skinny_linear, skinny_norm_linear
 from enginery.kernels.triton.silu_mul import silu_mul
+from enginery.ops.precision import MULTIPLE
 
 MOST_NORMED_ROWS = 1
 """Above this, a norm has a kernel of its own."""

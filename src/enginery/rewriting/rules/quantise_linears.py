@@ -16,16 +16,11 @@ import torch
 
 from enginery import ops
 from enginery.network import Layer, Tensor
+from enginery.ops.precision import FLOAT8, LARGEST, MULTIPLE, SMALLEST_MAXIMUM
 from enginery.rewriting.rule import MatchFailure, PatternRewriter
 
 aten = torch.ops.aten
 
-DTYPE = torch.float8_e4m3fn
-LARGEST = 448.0
-SMALLEST_MAXIMUM = 1e-12
-"""stands for the maximum of a row of zeros"""
-MULTIPLE = 16
-"""both sides of a weight are multiples of this: what the matrix units take"""
 ROUTER_REACH = 8
 """calls between a router and the choice of experts, at most"""
 PRODUCTS = (aten.linear.default, ops.linear, ops.expert_linear, ops.attention)
@@ -49,7 +44,7 @@ def quantise(weight: Any, dims: tuple[int, ...]) -> tuple[Any, Any]:
     """(q, s) with weight `[N, K]` ≈ q·s: q is float8, s float32 `[N]`, or `[1]` if `dims`, which share it, are both."""
     maximum = weight.abs().amax(dims, keepdim=True).to(torch.float32)
     scale = maximum.clamp_min(SMALLEST_MAXIMUM) / LARGEST
-    return (weight.to(torch.float32) / scale).clamp(-LARGEST, LARGEST).to(DTYPE), scale.squeeze(1)
+    return (weight.to(torch.float32) / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale.squeeze(1)
 
 
 def _require_fit(layer: Layer) -> None:
