@@ -165,6 +165,21 @@ def test_queue_is_bounded() -> None:
         SessionConfig(max_waiting=0)
 
 
+LENGTHS = (1, 2, 2, 3, 1, 12, 3)
+
+
+@pytest.mark.parametrize(("num_blocks", "steps"), [(512, 12), (6, 12), (5, 16)])
+def test_of_a_batch_the_longest_start_first_if_they_fit_side_by_side(num_blocks: int, steps: int) -> None:
+    session = make_session(max_num_seqs=2, num_blocks=num_blocks)
+    params = [SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True) for length in LENGTHS]
+    prompts = [[place, 5, 5, 5] for place in range(len(LENGTHS))]
+    outputs = session.generate(prompts, params)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == list(LENGTHS)
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert session.stats().num_steps == steps
+    check_idle(session)
+
+
 def test_generate_leaves_nothing_behind_when_a_prompt_is_wrong() -> None:
     session = make_session()
     with pytest.raises(RequestError):

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import length_hint
 
 import torch
 
@@ -193,22 +194,24 @@ class Session:
     ) -> list[RequestOutput]:
         """Serves token-id prompts to the end and returns their final outputs, in order, whatever their output_kind.
 
-        Parameters are shared or one per prompt; `texts`: of the prompts, repeated in the outputs. Outputs of requests
-        added elsewhere are lost meanwhile. If anything raises, the prompts of this call are cancelled.
+        Parameters are shared or one per prompt; `texts`: of the prompts, repeated in the outputs. Where not all can run
+        at once, those that may become longest start first. Outputs of requests added elsewhere are lost meanwhile. If
+        anything raises, the prompts of this call are cancelled.
         """
         prompts = list(prompts)
         if isinstance(params, (SamplingParams, BeamSearchParams)):
             each = [final_only(params)] * len(prompts)
         else:
             each = [final_only(wanted) for wanted in params]
-        waiting = deque(zip(prompts, each, [None] * len(prompts) if texts is None else texts, strict=True))
+        texts = [None] * len(prompts) if texts is None else texts
+        waiting = deque(zip(prompts, each, texts, self._longest_first(prompts, each), strict=True))
         final: dict[str, RequestOutput | None] = {}
         num_final = 0
         try:
             while waiting or num_final < len(final):
                 while waiting and not self.is_full:
-                    tokens, wanted, text = waiting.popleft()
-                    final[self.add(tokens, wanted, prompt=text)] = None
+                    tokens, wanted, text, priority = waiting.popleft()
+                    final[self.add(tokens, wanted, prompt=text, priority=priority)] = None
                 for output in self.step():
                     if output.finished and output.request_id in final:
                         final[output.request_id] = output
@@ -217,6 +220,25 @@ class Session:
             for request_id in final:
                 self.cancel(request_id)
         return [output for output in final.values() if output is not None]
+
+    def _longest_first(
+        self, prompts: list[Iterable[int]], params: list[SamplingParams | BeamSearchParams]
+    ) -> list[int]:
+        """Priorities of a batch, so that no long request is left to run alone at the end (Graham, "Bounds on
+        multiprocessing timing anomalies", 1969). All equal where memory does not hold the longest ones side by side:
+        they would preempt each other."""
+        limits = self.engine.limits
+        longest = [min(wanted.max_tokens or limits.max_model_len, limits.max_model_len) for wanted in params]
+        needed = sorted(
+            (
+                self.scheduler.blocks.blocks_for(length_hint(tokens) + new)
+                for tokens, new in zip(prompts, longest, strict=True)
+            ),
+            reverse=True,
+        )[: limits.max_num_seqs]
+        if len(prompts) <= limits.max_num_seqs or sum(needed) > limits.num_blocks:
+            return [0] * len(prompts)
+        return [-new for new in longest]
 
     # ---- the step
 
