@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from enginery.kernels.triton import fused_linear, paged_attention
+from enginery.kernels.triton import dependent_launch, fused_linear, paged_attention
 from enginery.kernels.triton.linear import H200_SHARED_MEMORY
 
 TYPES = {
@@ -105,6 +105,7 @@ def check_linears(numbers: Sequence[int]) -> None:
 
 def main(few: bool) -> None:
     JITFunction.run = compile_call  # type: ignore[method-assign]
+    dependent_launch.overlaps = lambda device: True
     torch._scaled_mm = lambda a, b, *_, **__: make(a.shape[0], b.shape[1])  # type: ignore[assignment]
     if few:
         check_attention(((1, 1, 32), (300, 256, 512)))

@@ -78,14 +78,16 @@ def test_scales_of_rows_and_columns(features: int, per_channel: bool, has_bias: 
     output = torch.empty_like(product)
     float8.apply_scales[(3, -(-features // float8.BLOCK))](
         product, row_scale, scale, bias, output,
-        SCALES=scale.numel(), HAS_BIAS=has_bias, WIDTH=features, BLOCK=float8.BLOCK,
+        SCALES=scale.numel(), HAS_BIAS=has_bias, WIDTH=features, BLOCK=float8.BLOCK, OVERLAP=False,
     )  # fmt: skip
     expected = product.double() * row_scale.double()[:, None] * scale.double() + bias.double() * has_bias
     torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=1e-6)
 
 
-BY_ROWS, BY_ITSELF = (48, 32), (32, 96)
-"""features and depth of weights whose scales cuBLAS applies, and of those whose scales it does not"""
+@pytest.fixture(params=[True, False], ids=["by rows", "by itself"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether cuBLAS applies the scales, or a pass of ours."""
+    monkeypatch.setattr(float8, "by_rows", lambda *_: request.param)
 
 
 def check_product(rows: int, features: int, depth: int, per_channel: bool, has_bias: bool, dtype: torch.dtype) -> None:
@@ -101,13 +103,21 @@ def check_product(rows: int, features: int, depth: int, per_channel: bool, has_b
     assert ((found.double() - expected).abs() <= bound + expected.abs() * 2**-8).all()
 
 
-def test_which_way_is_which() -> None:
-    assert float8.by_rows(5, *BY_ROWS)
-    assert not float8.by_rows(5, *BY_ITSELF)
-    assert float8.by_rows(1000, *BY_ITSELF)
+@pytest.mark.parametrize(
+    ("features", "filling", "wasteful"),
+    [
+        (4096, (400, 512, 896, 1500), (65, 256, 640, 1100)),
+        (6144, (544, 640, 1024), (65, 384, 768)),
+        (28672, (65, 700), ()),
+    ],
+)
+def test_cublas_applies_scales_where_its_tiles_fill_the_gpu(features: int, filling: tuple, wasteful: tuple) -> None:
+    assert all(float8.by_rows(rows, features, 132) for rows in filling)
+    assert not any(float8.by_rows(rows, features, 132) for rows in wasteful)
 
 
-@pytest.mark.parametrize(("features", "depth"), [BY_ROWS, BY_ITSELF], ids=["by rows", "by itself"])
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("features", "depth"), [(48, 32), (32, 96)])
 @pytest.mark.parametrize("rows", [1, 7, 300])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -124,7 +134,8 @@ def test_product_of_real_sizes(features: int, depth: int, rows: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("features", "depth"), [BY_ROWS, BY_ITSELF], ids=["by rows", "by itself"])
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("features", "depth"), [(48, 32), (32, 96)])
 @pytest.mark.parametrize("rows", [4, 300])
 def test_a_graph_can_hold_it(features: int, depth: int, rows: int) -> None:
     """Every replay has another input: a value that an earlier one left would show."""

@@ -152,6 +152,7 @@ WIDE = {"scale": "*fp32", "input_scale": "*fp32"}
 
 def compiled(kernel, operands, tiles, capability=90, **constants):
     constants |= dict(BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, STAGES=tiles.num_stages, DEPTH=4096, HAS_BIAS=True)
+    constants |= dict(AHEAD=linear.AHEAD, OVERLAP=capability >= 90)
     constants |= dict(INPUT_SCALES=operands != "bf16", SCALES=2 if operands != "bf16" else 0)
     names = kernel.arg_names
     types = NUMBERS | WIDE | dict(input="*" + operands, weight="*" + operands) | dict.fromkeys(constants, "constexpr")

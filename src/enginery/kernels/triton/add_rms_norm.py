@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from enginery.kernels.triton.dependent_launch import launch_options, wait
 from enginery.kernels.triton.float8 import rounded, warps
 from enginery.ops.precision import FLOAT8
 
@@ -13,10 +14,11 @@ from enginery.ops.precision import FLOAT8
 @triton.jit
 def add_and_normalise(
     x, residual, weight, normed, scales, total, x_stride, residual_stride, eps,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, FLOAT8: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, FLOAT8: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The sum is rounded to its dtype before it is squared, as it is where the two are separate. With FLOAT8 the result
     is rounded by the row's scale."""
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED)
     inside = columns < WIDTH
@@ -65,4 +67,5 @@ def _launch(
             rows, others, weight.contiguous(), normed, total if scales is None else scales, total, rows.stride(0),
             others.stride(0), eps,
             WIDTH=width, PADDED=padded, FLOAT8=scales is not None, num_warps=warps(padded),
+            **launch_options(x.device),
         )  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
+from enginery.kernels.triton.dependent_launch import wait
 from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E, attend_one, attend_range, attend_tiles, load_rows
 
 BATCH_SIZES = ["num_sequences", "partial_rows", "table_stride"]
@@ -155,8 +155,7 @@ def attend_short(
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUPS
     HEADS: tl.constexpr = KV_HEADS * GROUPS
-    if OVERLAP:
-        gdc_wait()
+    wait(OVERLAP)
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)

@@ -24,6 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
+from enginery.kernels.triton.dependent_launch import launch_options, wait_with_weights
+
 H200_SHARED_MEMORY = 227 << 10
 """Bytes that a program may have there."""
 
@@ -83,6 +85,7 @@ def linear_rows(
     residual_stride, eps,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, SCALES: tl.constexpr, INPUT_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_N features: products in float32 registers, summed over the depth at the end.
 
@@ -90,6 +93,7 @@ def linear_rows(
     `norm_weight`, and the result is divided by the root mean square of the sums.
     """
     source = sources(features, GATED, BLOCK_N)
+    wait_with_weights(weight, source, DEPTH, AHEAD, OVERLAP)
     row = tl.arange(0, ROWS)
     inside = row < rows
     sums = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
@@ -121,10 +125,11 @@ def linear_tiles(
     input, weight, scale, input_scale, bias, output, rows, features, input_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, SCALES: tl.constexpr, INPUT_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_N features: (weights · inputsᵀ)ᵀ, the weights on the long side of the tile."""
     source = sources(features, GATED, BLOCK_N)
+    wait_with_weights(weight, source, DEPTH, AHEAD, OVERLAP)
     row = tl.arange(0, ROWS)
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
@@ -175,6 +180,16 @@ NORM_TILES = Tiles("rows", 16, 256, 4, 4)
 """For a norm before the product, on one row."""
 
 
+AHEAD = 1024
+"""Bytes of each row of a weight that come to the L2 cache before the product begins: with twice as many, programs that
+begin later ask for what they would read anyway."""
+
+
+def bytes_ahead(weight: torch.Tensor) -> int:
+    """A power of two."""
+    return min(AHEAD, 1 << (weight.shape[1] * weight.element_size()).bit_length() - 1)
+
+
 def padded(rows: int) -> int:
     """Columns of a tile: powers of two, from the least that the tensor cores take."""
     return max(16, triton.next_power_of_2(rows))
@@ -211,7 +226,9 @@ def skinny_linear(
         "SCALES": 0 if scale is None else min(scale.numel(), 2),  # one or many, not how many: that would compile again
         "INPUT_SCALES": input_scale is not None,
         "HAS_BIAS": bias is not None,
+        "AHEAD": bytes_ahead(weight),
         "num_warps": tiles.num_warps,
+        **launch_options(input.device),
     }
     grid = (triton.cdiv(weight.shape[0], tiles.block_n),)
     # A kernel needs a pointer where there is no scale or bias, too; it is never followed.
@@ -254,6 +271,7 @@ def skinny_norm_linear(
         residual.stride(0), eps,
         DEPTH=depth, ROWS=triton.next_power_of_2(rows), BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         STAGES=tiles.num_stages, NORM=True, GATED=gated, SCALES=0, INPUT_SCALES=False, HAS_BIAS=bias is not None,
-        num_warps=tiles.num_warps,
+        AHEAD=bytes_ahead(weight), num_warps=tiles.num_warps,
+        **launch_options(input.device),
     )  # fmt: skip
     return output, total
