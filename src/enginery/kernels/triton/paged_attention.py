@@ -123,7 +123,7 @@ def plan_splits(gpu: Gpu, pairs: int, blocks: int) -> tuple[int, int]:
     each, 113 in pieces of at least 512 keys on an H200; `benchmarks/gpu_kernels.py`).
     """
     filling = gpu.programs // max(1, pairs)
-    choices = ((8, filling, 1), (2, 16, 16), (1, 8, 16), (0, 4, 32))
+    choices = ((8, filling, 1), (4, 8, 8), (2, 16, 8), (1, 8, 16), (0, 4, 32))
     wanted, share = next((most, least) for bound, most, least in choices if filling >= bound)
     # Powers of two: each number of splits is a kernel that has to be compiled.
     splits = max(1, min(wanted, blocks // max(4, share), 64))
