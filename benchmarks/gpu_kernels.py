@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from enginery.engine.graphs import CONTEXTS, CONTEXTS_OF_FEW, FEW_SEQUENCES
+from enginery.engine.buckets import CONTEXTS, CONTEXTS_OF_FEW, FEW_SEQUENCES
 from enginery.kernels.triton import linear, paged_attention
 from enginery.kernels.triton.paged_attention import LaunchPlan, Tiling, new_arrivals, plan_launch
 from gpu_linears import LAYER, PROJECTIONS

@@ -1,10 +1,9 @@
-"""Padded steps: the shapes they take, the one buffer they lie in, and that padding changes no result. On a GPU also:
+"""Padded steps: the one buffer they lie in, and that padding changes no result. On a GPU also:
 replayed graphs equal launched kernels, whatever came before."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
 
 import numpy as np
@@ -18,46 +17,11 @@ from tests.engine.decoder import Batcher, Decoder, Imported, imported, random_to
 from enginery.engine.builder import build
 from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
-from enginery.engine.graphs import Buckets, LaunchedStep, ladder
+from enginery.engine.graphs import LaunchedStep
 from enginery.engine.inputs import InputBuffer, StepShape, gathered
 from enginery.engine.protocol import EngineLimits, StepInputs
 
 LIMITS = EngineLimits(1000, 4096, 2048, 256, 500)
-
-
-@given(limit=st.integers(1, 5000), parts=st.sampled_from([4, 8]))
-def test_a_ladder_wastes_little(limit: int, parts: int) -> None:
-    sizes = ladder(limit, parts)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == limit
-    assert all(b <= max(a + a // parts + 1, a + 8, 2 * a if a < 8 else 0) for a, b in itertools.pairwise(sizes))
-
-
-@given(
-    tokens=st.integers(1, 3000), sequences=st.integers(1, 256), blocks=st.integers(1, 256), logits=st.integers(1, 300)
-)
-def test_the_fitting_shape_holds_the_step_and_is_of_its_kind(
-    tokens: int, sequences: int, blocks: int, logits: int
-) -> None:
-    buckets = Buckets.of(LIMITS)
-    shape = StepShape(tokens, min(sequences, tokens), blocks, min(logits, tokens))
-    found = buckets.fitting(shape)
-    if found is None:
-        assert tokens > 2048 or shape.logits > 256
-        return
-    for size in ("tokens", "sequences", "blocks", "logits"):
-        assert getattr(shape, size) <= getattr(found, size)
-    assert found.is_decode == (shape.is_decode and shape.logits <= shape.sequences)
-    assert found.tokens <= LIMITS.max_num_tokens
-
-
-@pytest.mark.parametrize("limits", [LIMITS, EngineLimits(10, 64, 1, 1, 4), EngineLimits(10, 10**6, 64, 8, 4)])
-def test_shapes_at_open_are_shapes_that_steps_take(limits: EngineLimits) -> None:
-    buckets = Buckets.of(limits)
-    shapes = list(buckets.at_open())
-    assert shapes
-    assert len(set(shapes)) == len(shapes)
-    assert all(buckets.fitting(shape) == shape for shape in shapes)
 
 
 def random_inputs(rng: np.random.Generator, sampled: bool) -> StepInputs:
@@ -157,6 +121,30 @@ def test_replayed_steps_equal_the_model_in_any_order(on_gpu: tuple[Engine, Decod
             inputs, expected = batcher.step(parts)
             torch.testing.assert_close(engine.execute(inputs).cpu(), expected, rtol=1e-4, atol=1e-4)
     assert len(engine._run) > 10  # type: ignore[arg-type]
+
+
+@GPU
+def test_the_runtime_is_told_the_sizes_of_captured_steps(on_gpu: tuple[Engine, Decoder]) -> None:
+    assert on_gpu[0].limits.step_sizes == (
+        56,
+        64,
+        72,
+        80,
+        88,
+        96,
+        104,
+        112,
+        120,
+        128,
+        144,
+        160,
+        176,
+        192,
+        208,
+        224,
+        240,
+        256,
+    )
 
 
 @GPU

@@ -15,12 +15,13 @@ from tests.engine.decoder import Decoder, imported, reader
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from enginery.engine import warming
+from enginery.engine.buckets import Buckets
 from enginery.engine.builder import build
 from enginery.engine.code_cache import CodeCache
 from enginery.engine.compile import HOST_EFFORT, Compilation
 from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
-from enginery.engine.graphs import Buckets, LaunchedStep, empty_step, largest_step
+from enginery.engine.graphs import LaunchedStep, empty_step, largest_step
 from enginery.engine.inputs import InputBuffer
 from enginery.engine.steps import CompiledStep
 from enginery.engine.warming import warm

@@ -23,11 +23,12 @@ def make_session(
     max_num_seqs: int = 64,
     max_model_len: int = 96,
     vocab_size: int = VOCABULARY,
+    step_sizes: tuple[int, ...] = (),
     tokenizer: Any = None,
     logits_of: Any = None,
     **config: Any,
 ) -> Session:
-    limits = EngineLimits(vocab_size, max_model_len, max_num_tokens, max_num_seqs, num_blocks, block_size)
+    limits = EngineLimits(vocab_size, max_model_len, max_num_tokens, max_num_seqs, num_blocks, block_size, step_sizes)
     return Session(FakeEngine(limits, logits_of=logits_of), tokenizer, SessionConfig(**{"seed": 1, **config}))
 
 

@@ -6,12 +6,16 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from enginery.runtime import scheduler
 from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from enginery.runtime.scheduler import Schedule
+from enginery.runtime.session import Session
 
 from .harness import VOCABULARY, check_idle, make_session, run_to_end, step_checked
 
@@ -88,6 +92,9 @@ def whole(params: SamplingParams | BeamSearchParams) -> SamplingParams | BeamSea
     prefix_caching=st.booleans(),
     max_prompt_logits=st.integers(1, 20),
     overlap=st.booleans(),
+    step_sizes=st.integers(1, 12).map(lambda size: tuple(range(size, 41, size))),
+    many_decoding=st.integers(0, 3),
+    least_prompt=st.integers(1, 3),
 )
 def test_streams_equal_the_serial_reference(
     seed: int,
@@ -97,12 +104,16 @@ def test_streams_equal_the_serial_reference(
     prefix_caching: bool,
     max_prompt_logits: int,
     overlap: bool,
+    step_sizes: tuple[int, ...],
+    many_decoding: int,
+    least_prompt: int,
 ) -> None:
     rng = random.Random(seed)
     session = make_session(
         num_blocks=num_blocks,
         max_num_tokens=max_num_tokens,
         max_num_seqs=max_num_seqs,
+        step_sizes=step_sizes,
         prefix_caching=prefix_caching,
         max_prompt_logits=max_prompt_logits,
         eos_token_ids=(7,),
@@ -121,7 +132,9 @@ def test_streams_equal_the_serial_reference(
             victim = rng.choice(list(wanted))
             if session.cancel(victim):
                 cancelled.add(victim)
-        for output in step_checked(session):
+        with mock.patch.multiple(scheduler, MANY_DECODING=many_decoding, LEAST_PROMPT=least_prompt):
+            outputs = step_checked(session)
+        for output in outputs:
             request = wanted[output.request_id]
             if isinstance(request[1], SamplingParams) and request[1].output_kind is RequestOutputKind.DELTA:
                 for completion in output.outputs:
@@ -153,6 +166,95 @@ def test_preemption_happens_and_changes_nothing(overlap: bool) -> None:
     outputs = small.generate(prompts, params)
     assert small.stats().num_preemptions > 10
     assert [facts(output) for output in outputs] == [alone(prompt, params) for prompt in prompts]
+
+
+def watched(session: Session) -> list[Schedule]:
+    """The steps that are chosen from now on."""
+    chosen: list[Schedule] = []
+    choose = session.scheduler.schedule
+
+    def schedule() -> Schedule:
+        chosen.append(choose())
+        return chosen[-1]
+
+    session.scheduler.schedule = schedule  # type: ignore[method-assign]
+    return chosen
+
+
+def beside_decoding(count: int, lengths: list[int], sizes: tuple[int, ...], **params) -> list[Schedule]:
+    """The steps of prompts of these lengths beside so many sequences that decode."""
+    session = make_session(num_blocks=1000, max_num_seqs=256, max_model_len=600, prefix_caching=False, step_sizes=sizes)
+    for _ in range(count):
+        session.add([1], SamplingParams(max_tokens=8, ignore_eos=True))
+    step_checked(session)
+    steps = watched(session)
+    for index, length in enumerate(lengths):
+        session.add([index] * length, SamplingParams(max_tokens=2, ignore_eos=True, **params))
+    run_to_end(session)
+    return steps
+
+
+def test_a_prompt_beside_many_is_cut_to_the_size_of_a_step() -> None:
+    """Its remainder follows in the next step, which is too small to be cut."""
+    first, second, third, *_ = beside_decoding(128, [300], (256, 384, 512))
+    assert first.num_new == [*[1] * 128, 256]
+    assert first.num_tokens == 384
+    assert second.num_new == [*[1] * 128, 44]
+    assert third.num_new == [1] * 129
+
+
+def test_the_last_chunk_that_is_long_enough_is_cut() -> None:
+    first, second, *_ = beside_decoding(130, [150, 110, 10], (256, 384, 512))
+    assert first.num_new == [*[1] * 130, 150, 94, 10]
+    assert second.num_new == [*[1] * 131, 16, 1]
+
+
+@pytest.mark.parametrize(
+    ("count", "lengths", "sizes"),
+    [
+        (127, [300], (256, 384, 512)),  # few decode
+        (128, [300], ()),
+        (128, [300], (512,)),  # smaller than any size
+        (128, [256], (256, 384, 512)),  # of a size already
+        (128, [300], (256, 400)),  # larger than any size
+        (128, [70], (191, 384)),  # prompts would keep 63 tokens
+        (128, [40, 40, 40], (192, 256)),  # no chunk is longer than what is too much
+    ],
+)
+def test_no_prompt_is_cut(count: int, lengths: list[int], sizes: tuple[int, ...]) -> None:
+    assert beside_decoding(count, lengths, sizes)[0].num_new == [*[1] * count, *lengths]
+
+
+def test_prompts_keep_64_tokens_beside_many() -> None:
+    assert beside_decoding(128, [70], (192, 384))[0].num_new == [*[1] * 128, 64]
+
+
+def test_a_cut_prompt_has_fewer_rows_of_logits() -> None:
+    first, second, *_ = beside_decoding(128, [180], (256, 384), prompt_logprobs=0)
+    assert (first.num_new[-1], first.num_prompt_logits) == (128, 128)
+    assert (second.num_new[-1], second.num_prompt_logits) == (52, 52)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_cuts_happen_and_change_nothing(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where memory runs out, prompts fork and are reported."""
+    monkeypatch.setattr(scheduler, "MANY_DECODING", 2)
+    monkeypatch.setattr(scheduler, "LEAST_PROMPT", 2)
+    rng = random.Random(7)
+    todo = [(prompt, whole(random_params(rng))) for prompt in random_prompts(rng, 40)]
+    session = make_session(
+        num_blocks=60, max_num_tokens=40, step_sizes=tuple(range(8, 48, 8)), overlap=overlap, eos_token_ids=(7,)
+    )
+    steps = watched(session)
+    ids = [session.add(prompt, params) for prompt, params in todo]
+    final = run_to_end(session)
+    for step in steps:
+        excess = step.num_tokens % 8
+        decoding = step.num_new.count(1)
+        if 2 <= decoding < len(step.num_new) and step.num_tokens - excess - decoding >= 2:
+            assert excess == 0 or max(step.num_new) <= excess
+    assert session.stats().num_preemptions > 0
+    assert [facts(final[request_id]) for request_id in ids] == [alone(*request) for request in todo]
 
 
 def test_a_step_is_launched_before_the_one_before_is_settled() -> None:

@@ -109,7 +109,8 @@ class Engine:
         for done, _ in enumerate(graphed.capture(shapes)):
             if progress is not None:
                 progress("capture", done, len(shapes))
-        self.plan = replace(self.plan, graphs=max(0, torch.cuda.memory_reserved() - before))
+        limits = replace(self.limits, step_sizes=graphed.buckets.mixed_with(self.limits.max_num_seqs))
+        self.plan = replace(self.plan, limits=limits, graphs=max(0, torch.cuda.memory_reserved() - before))
         if progress is not None:
             progress("capture", len(shapes), len(shapes))
         return graphed

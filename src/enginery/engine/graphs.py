@@ -8,7 +8,6 @@ All graphs take their memory from one pool: only one runs at a time, so together
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,93 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from enginery.engine.buckets import Buckets
 from enginery.engine.inputs import InputBuffer, StepShape, gathered
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.engine.steps import Step
 from enginery.errors import StepError
-
-MAX_TOKENS = 2048
-"""Of a captured step: above it, a kernel runs longer than the host needs to launch the next."""
-FEW_SEQUENCES = 32
-"""So few do not fill a GPU: attention cuts their contexts into parts, as many as the columns of the block tables allow.
-Mixed steps of so few have shapes of their own: prompts that arrive while little else runs."""
-CONTEXTS_OF_FEW = (32, 128, 512, 2048, 8192, 32768, 131072)
-"""Columns of the block tables of few sequences."""
-CONTEXTS = (512, 8192, 131072)
-"""Of more: there they cost no more than their copy to the device."""
-CONTEXTS_OF_FEW_AT_OPEN = 2
-
-
-def ladder(limit: int, parts: int) -> list[int]:
-    """Sizes up to `limit`: each at most 1/`parts` larger than the one before, from 4 · `parts` on in multiples of 8."""
-    sizes: list[int] = []
-    size = 1
-    while size < limit:
-        sizes.append(size)
-        octave = 1 << (size.bit_length() - 1)
-        size += max(octave // parts, min(8, octave))
-    return [*sizes, limit]
-
-
-@dataclass(frozen=True)
-class Buckets:
-    """The shapes that steps are padded to."""
-
-    decode: tuple[int, ...]
-    """sequences of a step with one new token each"""
-    mixed: tuple[int, ...]
-    """tokens of any other step"""
-    sequences: tuple[int, ...]
-    """of a mixed step"""
-    longest: int
-    """columns of a block table that holds the longest sequence"""
-
-    @classmethod
-    def of(cls, limits: EngineLimits) -> Buckets:
-        most = limits.max_num_seqs
-        tokens = ladder(min(MAX_TOKENS, limits.max_num_tokens), 8)
-        return cls(
-            tuple(ladder(min(most, limits.max_num_tokens), 4)),
-            tuple(size for size in tokens if size >= FEW_SEQUENCES),
-            (FEW_SEQUENCES, most) if most > FEW_SEQUENCES else (most,),
-            -(-limits.max_model_len // limits.block_size),
-        )
-
-    def blocks(self, sequences: int) -> tuple[int, ...]:
-        """Columns of the block tables of a step of so many."""
-        sizes = CONTEXTS_OF_FEW if sequences <= FEW_SEQUENCES else CONTEXTS
-        return (*(size for size in sizes if size < self.longest), self.longest)
-
-    def fitting(self, shape: StepShape) -> StepShape | None:
-        """The smallest that holds a step; None where there is none."""
-        if shape.is_decode and shape.logits <= shape.sequences:
-            tokens = sequences = _at_least(self.decode, shape.sequences)
-        else:
-            sequences = _at_least(self.sequences, max(shape.sequences, shape.logits))
-            # One token more than sequences at least: as many would be taken for decoding.
-            tokens = None if sequences is None else _at_least(self.mixed, max(shape.tokens, sequences + 1))
-        blocks = None if sequences is None else _at_least(self.blocks(sequences), shape.blocks)
-        if tokens is None or sequences is None or blocks is None:
-            return None
-        return StepShape(tokens, sequences, blocks, sequences)
-
-    def at_open(self) -> Iterator[StepShape]:
-        """The usual shapes, the largest first: what they free serves the smaller ones."""
-        for sequences in reversed(self.sequences):
-            for tokens in reversed(self.mixed):
-                if tokens > sequences:
-                    yield StepShape(tokens, sequences, self._usual_blocks(sequences)[-1], sequences)
-        for size in reversed(self.decode):
-            for blocks in self._usual_blocks(size):
-                yield StepShape(size, size, blocks, size)
-
-    def _usual_blocks(self, sequences: int) -> tuple[int, ...]:
-        return self.blocks(sequences)[: CONTEXTS_OF_FEW_AT_OPEN if sequences <= FEW_SEQUENCES else 1]
-
-
-def _at_least(sizes: Sequence[int], size: int) -> int | None:
-    place = bisect.bisect_left(sizes, size)
-    return sizes[place] if place < len(sizes) else None
 
 
 @dataclass(frozen=True)
@@ -225,4 +142,4 @@ def _borrowed(logits: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(_Borrowed(logits.contiguous()), device=logits.device)
 
 
-__all__ = ["Buckets", "GraphedStep", "LaunchedStep", "empty_step", "ladder", "largest_step"]
+__all__ = ["GraphedStep", "LaunchedStep", "empty_step", "largest_step"]

@@ -22,6 +22,8 @@ class EngineLimits:
     max_num_seqs: int
     num_blocks: int
     block_size: int = 16
+    step_sizes: tuple[int, ...] = ()
+    """Numbers of tokens, rising, that a step of prompts beside many other sequences is padded to; empty: none."""
 
 
 NETWORK_INPUTS = (

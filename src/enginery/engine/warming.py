@@ -13,7 +13,8 @@ from contextlib import suppress
 
 import torch
 
-from enginery.engine.graphs import Buckets, empty_step, largest_step
+from enginery.engine.buckets import Buckets
+from enginery.engine.graphs import empty_step, largest_step
 from enginery.engine.inputs import InputBuffer, gathered
 from enginery.engine.memory import MemoryPlan
 from enginery.engine.protocol import NETWORK_INPUTS

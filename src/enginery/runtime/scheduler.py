@@ -6,7 +6,7 @@ hit and recomputation after preemption are all the same thing: tokens that are k
 
 Invariants
 - A waiting sequence owns no block. A running one owns the blocks of its computed tokens, plus those of the tokens
-  scheduled now.
+  scheduled now, or cut off from them for the next step.
 - A block that several own is only read; before a sequence writes to it, the sequence gets a copy of its own.
 - When memory runs out, the last running sequence in order gives up its blocks and computes again later. The first in
   order therefore always advances, and admission never skips the head of the queue: nobody starves within a priority.
@@ -23,6 +23,11 @@ from enginery.engine.protocol import EngineLimits
 from enginery.runtime.block_manager import BlockManager
 from enginery.runtime.prefix_cache import PrefixCache
 from enginery.runtime.request import Sequence, Status
+
+MANY_DECODING = 128
+"""Sequences of a step beside which prompts are cut to fit its padded size."""
+LEAST_PROMPT = 64
+"""Tokens of prompts that such a step keeps."""
 
 _ORDER = attrgetter("order")
 
@@ -86,6 +91,7 @@ class Scheduler:
         if not schedule.sequences and self.waiting and not any(sequence.num_pending for sequence in self.running):
             self._make_room_for_head()
             self._admit(schedule)
+        self._cut_to_size(schedule)
         return schedule
 
     def advance(self, schedule: Schedule) -> None:
@@ -95,7 +101,7 @@ class Scheduler:
 
     def publish(self, schedule: Schedule) -> None:
         """The step was launched: blocks that are full of known tokens become findable, those of a prompt at once, later
-        ones when the sequence takes its next block."""
+        ones and those that were cut off a chunk when the sequence takes its next block."""
         for sequence, _, _ in schedule.changes:
             if sequence.status is Status.RUNNING:
                 self._publish(sequence)
@@ -155,6 +161,29 @@ class Scheduler:
             schedule.sequences.append(sequence)
             schedule.num_new.append(num_tokens)
             schedule.num_tokens += num_tokens
+
+    def _cut_to_size(self, schedule: Schedule) -> None:
+        """Shortens the chunk of a prompt beside many decoding sequences, so that the step needs no padding.
+
+        What is cut off rides along in the next step, for less than padding to the next size costs here. Beside few a
+        prompt is never cut: there may be no such step, and its remainder would cost one.
+        """
+        num_new = schedule.num_new
+        if not self.limits.step_sizes or not len(num_new) < schedule.num_tokens <= self.limits.step_sizes[-1]:
+            return
+        size = max((size for size in self.limits.step_sizes if size <= schedule.num_tokens), default=0)
+        decoding = num_new.count(1)
+        if decoding < MANY_DECODING or size - decoding < LEAST_PROMPT:
+            return
+        excess = schedule.num_tokens - size
+        index = next((i for i in reversed(range(len(num_new))) if num_new[i] > excess), None)
+        if index is None:
+            return
+        num_new[index] -= excess
+        schedule.num_tokens = size
+        sequence = schedule.sequences[index]
+        if sequence.request.wants_prompt_logprobs and sequence.is_prefilling:
+            schedule.num_prompt_logits -= excess
 
     def _make_room_for_head(self) -> None:
         """Nothing can run but parked beams hold memory: they yield it, last first, to the head of the queue."""
