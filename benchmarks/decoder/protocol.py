@@ -5,7 +5,8 @@ best of two runs counts.
 - decode, batch B: B prompts of 128 tokens; (time for 129 new tokens − time for 1) / 128.
 - decode, context 8192: prompts of 8192 tokens; (time for 65 new tokens − time for 1) / 64.
 - prefill n × B: B prompts of n tokens; time to all first tokens.
-- mixed: 1,000 requests, all submitted at once, at most 256 running; output tokens / wall time.
+- mixed: 1,000 requests, all submitted at once as a batch, at most 256 running; output tokens / wall time.
+- mixed, as they came: the same requests one by one, as a server gets them: no longest ones first; one run.
 - start: a fresh process, from the constructor to ready, imports apart, from the built engine in the page cache;
   bare: the same with empty caches of compiled code, as on a machine that has just received the engine.
 - build: from the imported packages to an engine that is written and open; weights are drawn, not read from a disk.
@@ -29,6 +30,7 @@ DTYPES = ("bf16", "fp8")
 MEASURED_BY_WORKER = ("build", "ceilings", "decode", "context", "prefill", "host", "mixed", "steps", "profile")
 """The groups that share one open engine, in their order."""
 
+ARRIVALS = "mixed, as they came"
 FIRST_START, SECOND_START, BARE_START = "start", "start, again", "start, empty caches"
 STARTS = {"start": (FIRST_START, SECOND_START), "bare": (BARE_START,)}
 
@@ -92,10 +94,13 @@ class Sizes:
             return [*decode, *prefill]
         if group == "transformers":
             decode = [arm for arm in self.arms("decode") if arm.batch in self.peer_batches]
-            return [*decode, *self.arms("mixed")]
+            return [*decode, *self.arms("mixed")[:1]]
         if group == "vllm":
-            return [arm for name in ("decode", "context", "prefill", "mixed") for arm in self.arms(name)]
-        units = {"ceilings": "TB/s", "build": "s", "mixed": "output tokens/s", "host": "ms/step", "steps": "s"}
+            alike = [arm for name in ("decode", "context", "prefill", "mixed") for arm in self.arms(name)]
+            return [arm for arm in alike if arm.name != ARRIVALS]
+        if group == "mixed":
+            return [Arm(group, name, "output tokens/s") for name in ("mixed", ARRIVALS)]
+        units = {"ceilings": "TB/s", "build": "s", "host": "ms/step", "steps": "s"}
         if group in units:
             return [Arm(group, group, units[group], self.decode_batches[-1], self.decode_length)]
         return [Arm(group, name, "s") for name in STARTS[group]]
@@ -153,6 +158,7 @@ TARGETS: dict[tuple[str, str], Target] = {
     ("bf16", "prefill 8192 × 1"): Target(209.8, 205.0),
     ("bf16", "prefill 1024 × 32"): Target(757.0, None),
     ("bf16", "mixed"): Target(10140.0, 12500.0),
+    ("bf16", ARRIVALS): Target(10140.0, None),
     ("fp8", "decode, batch 1"): Target(3.47, 2.5),
     ("fp8", "decode, batch 8"): Target(3.59, None),
     ("fp8", "decode, batch 32"): Target(4.57, 3.2),
@@ -165,6 +171,7 @@ TARGETS: dict[tuple[str, str], Target] = {
     ("fp8", "prefill 8192 × 1"): Target(141.1, None),
     ("fp8", "prefill 1024 × 32"): Target(473.8, None),
     ("fp8", "mixed"): Target(12791.0, 17000.0),
+    ("fp8", ARRIVALS): Target(12791.0, None),
     ("bf16", FIRST_START): Target(57.0, 10.0),
     ("fp8", FIRST_START): Target(57.2, 10.0),
     ("bf16", "build"): Target(None, 90.0),

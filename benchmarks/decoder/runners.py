@@ -17,6 +17,7 @@ from decoder.shapes import LLAMA_8B, TINY
 from enginery.engine.builder import build
 from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
+from enginery.runtime.outputs import RequestOutput
 from enginery.runtime.sampling_params import RequestOutputKind, SamplingParams
 from enginery.runtime.session import Session, SessionConfig
 
@@ -44,7 +45,17 @@ class EngineRunner:
         self.session = Session(engine, None, SessionConfig(prefix_caching=False))
 
     def generate(self, prompts: Prompts, new_tokens: Sequence[int]) -> None:
-        outputs = self.session.generate(prompts, [greedy(count) for count in new_tokens])
+        self._check(self.session.generate(prompts, [greedy(count) for count in new_tokens]), new_tokens)
+
+    def serve(self, prompts: Prompts, new_tokens: Sequence[int]) -> None:
+        """One request after another comes in, and is begun in that order."""
+        ids = [self.session.add(prompt, greedy(count)) for prompt, count in zip(prompts, new_tokens, strict=True)]
+        final: dict[str, RequestOutput] = {}
+        while self.session.has_work:
+            final |= {output.request_id: output for output in self.session.step() if output.finished}
+        self._check([final[request_id] for request_id in ids], new_tokens)
+
+    def _check(self, outputs: Sequence[RequestOutput], new_tokens: Sequence[int]) -> None:
         for output, count in zip(outputs, new_tokens, strict=True):
             (completion,) = output.outputs
             if completion.error is not None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from decoder.job import OPEN
-from decoder.protocol import DTYPES, FIRST_START, GROUPS, TARGETS, Arm, Sizes, Target
+from decoder.protocol import ARRIVALS, DTYPES, FIRST_START, GROUPS, TARGETS, Arm, Sizes, Target
 from decoder.roofline import Ceilings, Roofline, Shape
 from decoder.shapes import FULL, LLAMA_8B
 
 BEGIN, END = "<!-- begin: benchmarks/gpu.py --markdown -->", "<!-- end -->"
-DETAILED = ("build", "host", "mixed", "ceilings", OPEN)
+DETAILED = ("build", "host", "mixed", ARRIVALS, "ceilings", OPEN)
 STEP_COUNTS = ("steps", "replayed", "tokens", "padded")
 Record = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ import torch
 
 from decoder.job import OPEN, Job, NotAvailable, OutOfTime
 from decoder.profile import profiled
-from decoder.protocol import BARE_START, STARTS, Arm
+from decoder.protocol import ARRIVALS, BARE_START, STARTS, Arm
 from decoder.runners import (
     EngineRunner,
     Prompts,
@@ -223,8 +223,14 @@ def _decode(job: Job, runner: Runner, arm: Arm) -> Result:
     runner.generate(
         prompts[:1] if arm.group == "context" else prompts, [4] * (1 if arm.group == "context" else arm.batch)
     )
-    first = best(job, lambda: seconds(runner, prompts, [1] * arm.batch))
-    whole = best(job, lambda: seconds(runner, prompts, [arm.new] * arm.batch))
+    # In turns: a GPU that grows warm and slow between the two would show in their difference.
+    firsts, wholes = [], []
+    for _ in range(job.repeats):
+        firsts.append(seconds(runner, prompts, [1] * arm.batch))
+        wholes.append(seconds(runner, prompts, [arm.new] * arm.batch))
+        if time.time() + firsts[-1] + wholes[-1] > job.deadline:
+            break
+    first, whole = min(firsts), min(wholes)
     return {"value": 1e3 * (whole - first) / (arm.new - 1), "time to first tokens, ms": 1e3 * first}
 
 
@@ -241,10 +247,15 @@ def _requests(job: Job) -> tuple[list[list[int]], list[int]]:
     return prompts_of(job, [length for length, _ in requests]), [count for _, count in requests]
 
 
-def _load(job: Job, runner: Runner, arm: Arm) -> Result:
+def _load(job: Job, runner: Any, arm: Arm) -> Result:
     prompts, counts = _requests(job)
-    runner.generate(prompts[:64], [4] * len(prompts[:64]))
-    least = best(job, lambda: seconds(runner, prompts, counts))
+    if arm.name == ARRIVALS:
+        begin = time.perf_counter()
+        runner.serve(prompts, counts)
+        least = time.perf_counter() - begin
+    else:
+        runner.generate(prompts[:64], [4] * len(prompts[:64]))
+        least = best(job, lambda: seconds(runner, prompts, counts))
     total = sum(counts) + sum(map(len, prompts))
     return {"value": sum(counts) / least, "total tokens/s": total / least, "seconds": least}
 

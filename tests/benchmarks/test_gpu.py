@@ -43,6 +43,7 @@ def test_every_arm_of_the_engine_runs_and_is_kept(tmp_path: Path) -> None:
         "decode, context 40, batch 1",
         "prefill 16 × 2",
         "mixed",
+        "mixed, as they came",
         "steps",
         "host",
     ]
