@@ -9,11 +9,11 @@ the two halves of their features as a gated activation does: a program then has 
 take in an addition and a norm before the product: every program reads whole rows anyway, the sum of squares falls off
 on the way, and 1/√mean is a factor of the result.
 
-Measured to lose, on an H200 if not said otherwise: overlapping the launches (programmatic dependent launch: 160 instead
-of 155 µs for a layer's four products on an H100); asking the L2 cache for the next weight while small kernels run
-between (129 instead of 124 µs for a layer); a norm inside *tiles*, whose inputs then no longer go from memory to the
-tensor cores by themselves (29 instead of 19 µs for 6144 features and 32 rows); and splitting the depth of weights with
-few features, the last program adding up (12.2 instead of 11.8 µs for 4096 × 4096 and 2 rows).
+Measured to lose, on an H200: asking the L2 cache for the next weight while small kernels run between (129 instead of
+124 µs for a layer), or for 4 KiB of each row instead of one while a product waits for its turn (133 instead of 120 µs);
+a norm inside *tiles*, whose inputs then no longer go from memory to the tensor cores by themselves (29 instead of 19 µs
+for 6144 features and 32 rows); and splitting the depth of weights with few features, the last program adding up (12.2
+instead of 11.8 µs for 4096 × 4096 and 2 rows).
 """
 
 from __future__ import annotations
