@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,6 +18,19 @@ NARROW = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
 """what NumPy does not have, by Triton's names"""
 TORCH_DTYPES = {**NARROW, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 UNSIGNED = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32, 64: torch.uint64}
+
+
+def check_replays(call: Callable[[], torch.Tensor], change: Callable[[], object], times: int) -> None:
+    """A graph that holds the call gives what the call gives, after every `change` of its inputs."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    for _ in range(times):
+        change()
+        graph.replay()
+        assert torch.equal(output, call())
 
 
 @contextmanager
