@@ -7,15 +7,25 @@ process of its own, for one that has interpreted kernels cannot compile them.
 
 from __future__ import annotations
 
+import io
 import itertools
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -48,6 +58,8 @@ def compile_call(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
             signature[parameter.name] = TYPES[value.dtype]
         elif isinstance(value, TensorDescriptor):
             signature[parameter.name] = f"tensordesc<bf16{list(value.block_shape)}>"
+        elif isinstance(value, HopperDescriptor):
+            signature[parameter.name] = f"tensordesc<bf16{list(value.block_shape)},{value.layout!r}>"
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         whole = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
@@ -56,19 +68,49 @@ def compile_call(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
     key = (kernel, str(signature), str(constants), str(aligned), str(options))
     if key in compiled:
         return
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    code = triton.compile(source, target=HOPPER, options=options)
+    gluon = kernel.is_gluon()
+    source = (GluonASTSource if gluon else ASTSource)(kernel, signature, constexprs=constants, attrs=aligned)
+    with redirect_stdout(io.StringIO()) as log:
+        code = triton.compile(source, target=HOPPER, options=options)
     assert code.metadata.shared <= H200_SHARED_MEMORY, (kernel.__name__, constants, code.metadata.shared)
+    if gluon:
+        check_overlap(log.getvalue(), disassemble(code.asm["cubin"]))
     compiled[key] = code
+
+
+def disassemble(binary: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary)
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def check_overlap(log: str, code: str) -> None:
+    """ptxas left the products asynchronous, and the softmax where it is written: in each step, while P·V runs.
+
+    Two warpgroups have a loop over masked steps and one over clear ones each. A step starts both products, waits for
+    the first (all but 1 are done), takes 64 exponentials a thread for the weights, and waits for the second.
+    """
+    assert "HGMMA" in code
+    assert "registers" in log
+    assert "serialized" not in log, log
+    steps = re.findall(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", code, re.DOTALL)
+    exponentials = [step.count("MUFU.EX2") for step in steps]
+    assert len(steps) == 4, exponentials
+    assert min(exponentials) >= 64, exponentials
 
 
 def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attend(tokens: int, sequences: int, columns: int, *, rotary: bool = True, **options: Any) -> None:
-    gpu = paged_attention.Gpu(132, hopper_or_later=True)
+def attend(
+    tokens: int, sequences: int, columns: int, *, rotary: bool = True, prompts: str = "attend_prompts", **options: Any
+) -> None:
+    gpu = paged_attention.Gpu(132, (9, 0))
     plan = paged_attention.plan_launch(gpu, tokens, sequences, columns * 16, 8, 4, 128, 2)
+    if prompts == "attend_long":
+        plan = replace(plan, hopper_programs=0)
     heads = make(tokens, 48 * 128).view(tokens, 48, 128).split((32, 8, 8), 1)
     pools = (make(99, 8, 16, 128), make(99, 8, 16, 128))
     numbers = [make(n, dtype=torch.int32) for n in (sequences + 1, sequences)]
@@ -83,6 +125,7 @@ def check_attention(steps: Sequence[tuple[int, int, int]]) -> None:
     """Of (tokens, sequences, columns of the block tables)."""
     for tokens, sequences, columns in steps:
         attend(tokens, sequences, columns)
+    attend(*steps[-1], prompts="attend_long")
     attend(64, 64, 512, rotary=False, window=100, softcap=30.0)
     attend(900, 64, 512, window=100, sinks=make(32), alibi_slopes=make(32, dtype=torch.float32))
 
@@ -106,9 +149,10 @@ def check_linears(numbers: Sequence[int]) -> None:
 def main(few: bool) -> None:
     JITFunction.run = compile_call  # type: ignore[method-assign]
     dependent_launch.overlaps = lambda device: True
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
     torch._scaled_mm = lambda a, b, *_, **__: make(a.shape[0], b.shape[1])  # type: ignore[assignment]
     if few:
-        check_attention(((1, 1, 32), (300, 256, 512)))
+        check_attention(((1, 1, 32), (300, 200, 512), (512, 1, 32)))
         check_linears((1, 256))
     else:
         decoding = ((1, 1, 32), (1, 1, 2048), (8, 8, 32), (32, 32, 128), (48, 48, 512), (256, 256, 512))

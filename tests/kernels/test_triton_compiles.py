@@ -11,7 +11,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-KERNELS = "add_and_normalise apply_scales attend_long attend_short gate linear_rows linear_tiles quantise write_cache"
+KERNELS = (
+    "add_and_normalise apply_scales attend_long attend_prompts attend_short gate linear_rows linear_tiles quantise "
+    "write_cache"
+)
 
 
 @pytest.mark.parametrize("which", [["--few"], pytest.param([], marks=pytest.mark.slow)], ids=["few", "all"])

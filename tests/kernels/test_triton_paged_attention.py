@@ -224,14 +224,14 @@ def test_no_sequences_give_zeros() -> None:
 
 
 def test_capacity_decides_the_splits() -> None:
-    gpu = kernels.Gpu(processors=132, hopper_or_later=True)
+    gpu = kernels.Gpu(processors=132, capability=(9, 0))
     llama = {"kv_heads": 8, "groups": 4, "width": 128, "itemsize": 2}
     alone = kernels.plan_launch(gpu, 1, 1, 8192, **llama)
     crowd = kernels.plan_launch(gpu, 256, 256, 8192, **llama)
     mixed = kernels.plan_launch(gpu, 900, 5, 8192, **llama)
     assert ((alone.splits, alone.share), (crowd.splits, crowd.share)) == ((64, 1), (4, 32))
     assert alone.launches == crowd.launches == ("attend_short",)
-    assert mixed.launches == ("write_cache", "attend_short", "attend_long")
+    assert mixed.launches == ("write_cache", "attend_short", "attend_prompts")
     assert kernels.plan_launch(gpu, 1, 1, 32, **llama).splits == 1
 
 
@@ -282,7 +282,7 @@ def test_overlapped_launches_change_nothing(overlap: bool) -> None:
     if overlap and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
     case = Case(((3000, 1), (0, 1), (777, 1)), heads=32, kv_heads=8, dk=128, dv=128, dtype=torch.bfloat16)
-    base = kernels.plan_launch(kernels.Gpu(132, overlap), 3, 3, 3008, 8, 4, 128, 2)
+    base = kernels.plan_launch(kernels.Gpu(132, (9, 0) if overlap else (8, 0)), 3, 3, 3008, 8, 4, 128, 2)
     assert base.splits > 1
     for _ in range(5):
         check(case, base)

@@ -6,7 +6,8 @@ Two kernels share the batch by the number of a sequence's new tokens, which only
   a sequence are cut into parts (`plan_splits`), so that few sequences fill the GPU and a long one among many does not
   hold it up; the program that ends last merges the parts.
 - *long* (prefill chunks): one program per tile of queries and kv head; blocks of keys that the causal mask or the
-  window hides are skipped. New keys are read where the projections left them, cached ones through the table.
+  window hides are skipped. New keys are read where the projections left them, cached ones through the table. What
+  most models need of it on Hopper, `hopper_prompts.py` does faster: bfloat16, heads of 128, no feature.
 
 Where there are as many tokens as sequences (T = S: decoding), only *short* runs, and it writes the cache too: the new
 tokens go through registers on their way there. Otherwise `write_cache` comes first. With rotary embedding a kernel
@@ -17,7 +18,8 @@ T = S with long chunks among empty sequences is merely slow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +27,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from enginery.errors import UnsupportedError
 from enginery.kernels.triton.attention_kernels import attend_long, attend_short, write_cache
+
+# Gluon is experimental: what was tested with one version may not compile with the next, or be slow.
+if triton.__version__.startswith("3.6."):
+    from enginery.kernels.triton import hopper_prompts
+else:
+    hopper_prompts = None  # type: ignore[assignment]
 
 ARRIVALS = 1 << 16
 """Counters that all calls share: 256 KiB for 2,048 sequences of 32 kv heads."""
@@ -64,9 +72,17 @@ class LaunchPlan:
     overlap: bool = False
     """Launch *short* while its predecessor still runs (programmatic dependent launch, from compute capability 9.0)."""
 
+    hopper_programs: int = 0
+    """Programs of `hopper_prompts.py`, which then has the prompts, if it takes the call; 0: `attend_long` has them."""
+
     @property
     def launches(self) -> tuple[str, ...]:
-        return ("attend_short",) if self.decode else ("write_cache", "attend_short", "attend_long")
+        long = "attend_prompts" if self.hopper_programs else "attend_long"
+        return ("attend_short",) if self.decode else ("write_cache", "attend_short", long)
+
+    def short_tokens(self, groups: int) -> int:
+        """New tokens of a sequence that *short* takes at most."""
+        return self.short.block_m // groups
 
 
 def power_of_two(number: int) -> int:
@@ -80,8 +96,18 @@ class Gpu:
 
     processors: int
     """multiprocessors"""
-    hopper_or_later: bool
-    """Compute capability 9.0 or more: launches can overlap, and tiles come by tensor descriptors."""
+    capability: tuple[int, int]
+    """compute capability"""
+
+    @property
+    def hopper_or_later(self) -> bool:
+        """Launches can overlap, and tiles come by tensor descriptors."""
+        return self.capability >= (9, 0)
+
+    @property
+    def runs_hopper_prompts(self) -> bool:
+        """There are the matrix units that it is written for (`wgmma`), and the Triton that compiles it."""
+        return self.capability == (9, 0) and hopper_prompts is not None
 
     @property
     def programs(self) -> int:
@@ -91,9 +117,9 @@ class Gpu:
     @classmethod
     def of(cls, device: torch.device) -> Gpu:
         if device.type != "cuda":
-            return cls(1, False)
+            return cls(1, (0, 0))
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, properties.major >= 9)
+        return cls(properties.multi_processor_count, (properties.major, properties.minor))
 
 
 def plan_launch(
@@ -112,7 +138,11 @@ def plan_launch(
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
     splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n)
-    return LaunchPlan(tokens == sequences, short, long, splits, share, overlap=gpu.hopper_or_later)
+    # One program a multiprocessor: its shared memory holds no second one.
+    on_hopper = gpu.runs_hopper_prompts and width == 128 and itemsize == 2
+    return LaunchPlan(
+        tokens == sequences, short, long, splits, share, gpu.hopper_or_later, gpu.processors if on_hopper else 0
+    )
 
 
 def plan_splits(gpu: Gpu, pairs: int, blocks: int) -> tuple[int, int]:
@@ -165,6 +195,102 @@ def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2] else tensor.contiguous()
 
 
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `paged_attention`, the rows of heads contiguous, and what kernels are told of them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    angles: tuple[torch.Tensor, torch.Tensor] | None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.query)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.block_tables)
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key_cache.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        dk, block_size, dv = self.query.shape[2], *self.value_cache.shape[2:]
+        padded = {"PADDED_DK": power_of_two(dk), "PADDED_DV": power_of_two(dv)}
+        return {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, **padded}
+
+    @property
+    def is_plain(self) -> bool:
+        """No feature changes scores or hides keys, beyond causality."""
+        return self.window is None and self.softcap is None and self.sinks is None and self.alibi_slopes is None
+
+    @property
+    def features(self) -> dict[str, Any]:
+        return {
+            "GROUPS": self.groups,
+            "KV_HEADS": self.kv_heads,
+            "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
+            "HAS_WINDOW": self.window is not None,
+            "HAS_SOFTCAP": self.softcap is not None,
+            "HAS_SINKS": self.sinks is not None,
+            "HAS_ALIBI": self.alibi_slopes is not None,
+            "ROTARY": self.angles is not None,
+        }
+
+    @property
+    def numbers(self) -> tuple[float, int, float]:
+        return self.scale, 0 if self.window is None else self.window, 1.0 if self.softcap is None else self.softcap
+
+    # A kernel needs a pointer where a feature is off, too; it is never followed.
+
+    @property
+    def biases(self) -> tuple[torch.Tensor, torch.Tensor]:
+        sinks = self.query if self.sinks is None else self.sinks
+        return sinks, self.query if self.alibi_slopes is None else self.alibi_slopes
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin"""
+        return (self.query, self.query) if self.angles is None else self.angles
+
+    @property
+    def cache_strides(self) -> tuple[int, int]:
+        return self.key_cache.stride(0), self.value_cache.stride(0)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.value.stride(0), self.block_tables.stride(0), *self.cache_strides, self.tables[0].stride(0)
+
+    def plan(self) -> LaunchPlan:
+        block_size, width = self.value_cache.shape[2], max(self.sizes["PADDED_DK"], self.sizes["PADDED_DV"])
+        return plan_launch(
+            Gpu.of(self.query.device), self.tokens, self.sequences, self.block_tables.shape[1] * block_size,
+            self.kv_heads, self.groups, width, self.query.element_size(),
+        )  # fmt: skip
+
+
 def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -189,77 +315,80 @@ def paged_attention(
     `plan` overrides the choice. `angles`: tables cos and sin `[T, Dk]` by which queries and new keys are turned on
     their way. `arrivals`: of `new_arrivals`; without, or with too few, a call has its own.
     """
-    query, key, value = rows_of(query), rows_of(key), rows_of(value)
     _check_layout("key_cache", key_cache)
     _check_layout("value_cache", value_cache)
-    tokens, heads, dk = query.shape
-    _, kv_heads, block_size, dv = value_cache.shape
-    sequences, table_width = block_tables.shape
-    groups = heads // kv_heads
-    padded_dk, padded_dv, padded_groups = power_of_two(dk), power_of_two(dv), triton.next_power_of_2(groups)
-    if plan is None:
-        width, capacity = max(padded_dk, padded_dv), table_width * block_size
-        gpu = Gpu.of(query.device)
-        plan = plan_launch(gpu, tokens, sequences, capacity, kv_heads, groups, width, query.element_size())
-    output = query.new_empty(tokens, heads, dv)
-    if tokens == 0 or sequences == 0:
-        return output.zero_()
-
-    sizes = {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, "PADDED_DK": padded_dk, "PADDED_DV": padded_dv}
-    features = {
-        "GROUPS": groups,
-        "KV_HEADS": kv_heads,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-        "HAS_WINDOW": window is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_SINKS": sinks is not None,
-        "HAS_ALIBI": alibi_slopes is not None,
-        "ROTARY": angles is not None,
-    }
-    numbers = (scale, 0 if window is None else window, 1.0 if softcap is None else softcap)
-    cache_strides = (key_cache.stride(0), value_cache.stride(0))
-    # A kernel needs a pointer where a feature is off, too; it is never followed.
-    sinks = query if sinks is None else sinks
-    alibi_slopes = query if alibi_slopes is None else alibi_slopes
-    cos, sin = (query, query) if angles is None else angles
-    turned_key = key if angles is None or plan.decode else key.new_empty(key.shape)
-    strides = (value.stride(0), block_tables.stride(0), *cache_strides, cos.stride(0))
-
-    if not plan.decode:
-        write_cache[(tokens,)](
-            key, value, cos, sin, turned_key, key_cache, value_cache, slot_mapping, query_start, output, sequences,
-            key.stride(0), value.stride(0), cos.stride(0), *cache_strides,
-            KV_HEADS=kv_heads, HEADS=heads, PADDED_HEADS=triton.next_power_of_2(kv_heads),
-            PADDED_OUTPUT=triton.next_power_of_2(heads * dv), ROTARY=angles is not None, **sizes,
-        )  # fmt: skip
-    short_tokens = plan.short.block_m // groups
-    rows = tokens if plan.decode else sequences * short_tokens
-    partial_sums = partial_stats = output
-    if arrivals is None or len(arrivals) < sequences * kv_heads:
-        arrivals = output if plan.splits == 1 else query.new_zeros(sequences * kv_heads, dtype=torch.int32)
-    if plan.splits > 1:
-        partial_sums = query.new_empty(plan.splits, rows, heads, dv, dtype=torch.float32)
-        partial_stats = query.new_empty(2, plan.splits, rows, heads, dtype=torch.float32)
-    attend_short[(kv_heads, sequences, plan.splits)](
-        query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, sinks,
-        alibi_slopes, cos, sin, output, partial_sums, partial_stats, arrivals, sequences, rows,
-        query.stride(0), key.stride(0), *strides, *numbers,
-        BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
-        SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * padded_dv),
-        PADDED_GROUPS=padded_groups, DECODE=plan.decode, OVERLAP=plan.overlap, launch_pdl=plan.overlap,
-        **plan.short.options, **sizes, **features,
+    call = Call(
+        rows_of(query), rows_of(key), rows_of(value), key_cache, value_cache, slot_mapping, block_tables, query_start,
+        seq_lens, scale, window, softcap, sinks, alibi_slopes, angles,
     )  # fmt: skip
-    if not plan.decode:
-        long_tokens = plan.long.block_m // groups
-        key_tiles = value_tiles = None
-        if plan.long.descriptors:
-            key_tiles, value_tiles = (describe(tensor, plan.long.block_n) for tensor in (turned_key, value))
-        attend_long[(kv_heads, tokens // long_tokens + min(sequences, RAGGED))](
-            query, turned_key, value, key_tiles, value_tiles, key_cache, value_cache, block_tables, query_start,
-            seq_lens, sinks, alibi_slopes, cos, sin, output, sequences,
-            query.stride(0), turned_key.stride(0), *strides, *numbers,
-            BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
-            PADDED_SEQUENCES=triton.next_power_of_2(sequences), SHORT=short_tokens,
-            **plan.long.options, **sizes, **features,
-        )  # fmt: skip
+    if plan is None:
+        plan = call.plan()
+    output = query.new_empty(call.tokens, call.heads, value_cache.shape[3])
+    if call.tokens == 0 or call.sequences == 0:
+        return output.zero_()
+    if plan.decode:
+        _attend_short(call, plan, output, arrivals)
+    else:
+        turned_key = _write_cache(call, output)
+        _attend_short(call, plan, output, arrivals)
+        _attend_long(replace(call, key=turned_key), plan, output)
     return output
+
+
+def _write_cache(call: Call, output: torch.Tensor) -> torch.Tensor:
+    """Also zeroes the output of tokens that belong to nobody; returns the keys, turned if there are angles."""
+    turned_key = call.key if call.angles is None else call.key.new_empty(call.key.shape)
+    cos, sin = call.tables
+    write_cache[(call.tokens,)](
+        call.key, call.value, cos, sin, turned_key, call.key_cache, call.value_cache, call.slot_mapping,
+        call.query_start, output, call.sequences, call.key.stride(0), call.value.stride(0), cos.stride(0),
+        *call.cache_strides,
+        KV_HEADS=call.kv_heads, HEADS=call.heads, PADDED_HEADS=triton.next_power_of_2(call.kv_heads),
+        PADDED_OUTPUT=triton.next_power_of_2(output[0].numel()), ROTARY=call.angles is not None, **call.sizes,
+    )  # fmt: skip
+    return turned_key
+
+
+def _attend_short(call: Call, plan: LaunchPlan, output: torch.Tensor, arrivals: torch.Tensor | None) -> None:
+    _, heads, dv = output.shape
+    pairs = call.sequences * call.kv_heads
+    rows = call.tokens if plan.decode else call.sequences * plan.short_tokens(call.groups)
+    partial_sums = partial_stats = output
+    if arrivals is None or len(arrivals) < pairs:
+        arrivals = output if plan.splits == 1 else output.new_zeros(pairs, dtype=torch.int32)
+    if plan.splits > 1:
+        partial_sums = output.new_empty(plan.splits, rows, heads, dv, dtype=torch.float32)
+        partial_stats = output.new_empty(2, plan.splits, rows, heads, dtype=torch.float32)
+    padded_groups = triton.next_power_of_2(call.groups)
+    attend_short[(call.kv_heads, call.sequences, plan.splits)](
+        call.query, call.key, call.value, call.key_cache, call.value_cache, call.slot_mapping, call.block_tables,
+        call.query_start, call.seq_lens, *call.biases, *call.tables, output, partial_sums, partial_stats, arrivals,
+        call.sequences, rows, call.query.stride(0), call.key.stride(0), *call.strides, *call.numbers,
+        BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
+        SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * power_of_two(dv)),
+        PADDED_GROUPS=padded_groups, DECODE=plan.decode, OVERLAP=plan.overlap, launch_pdl=plan.overlap,
+        **plan.short.options, **call.sizes, **call.features,
+    )  # fmt: skip
+
+
+def _attend_long(call: Call, plan: LaunchPlan, output: torch.Tensor) -> None:
+    """`call.key` is turned already."""
+    heads = (call.query, call.key, call.value, call.key_cache, call.value_cache)
+    if plan.hopper_programs and call.is_plain and hopper_prompts.takes(*heads):
+        hopper_prompts.launch(
+            *heads, call.block_tables, call.query_start, call.seq_lens, call.scale, call.angles, output,
+            plan.short_tokens(call.groups), plan.hopper_programs,
+        )  # fmt: skip
+        return
+    key_tiles = value_tiles = None
+    if plan.long.descriptors:
+        key_tiles, value_tiles = (describe(tensor, plan.long.block_n) for tensor in (call.key, call.value))
+    tiles = call.tokens // (plan.long.block_m // call.groups) + min(call.sequences, RAGGED)
+    attend_long[(call.kv_heads, tiles)](
+        call.query, call.key, call.value, key_tiles, value_tiles, call.key_cache, call.value_cache, call.block_tables,
+        call.query_start, call.seq_lens, *call.biases, *call.tables, output, call.sequences,
+        call.query.stride(0), call.key.stride(0), *call.strides, *call.numbers,
+        BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
+        PADDED_SEQUENCES=triton.next_power_of_2(call.sequences), SHORT=plan.short_tokens(call.groups),
+        **plan.long.options, **call.sizes, **call.features,
+    )  # fmt: skip
