@@ -66,7 +66,8 @@ def build(case: Case, seed: int) -> tuple[tuple[torch.Tensor, ...], dict]:
     seq_lens = torch.tensor([c + n for c, n in case.sequences] + [0] * case.empty).int()
     tables = torch.cat([tables, tables.new_zeros(case.empty, width)])
     # A slice of a fused projection: the stride between tokens is larger than a token.
-    fused = torch.randn(tokens, case.heads * case.dk + case.kv_heads * (case.dk + case.dv)).to(case.dtype)
+    # It is made where it is used, for a copy to a GPU is made contiguous.
+    fused = torch.randn(tokens, case.heads * case.dk + case.kv_heads * (case.dk + case.dv)).to(DEVICE, case.dtype)
     parts = fused.split([case.heads * case.dk, case.kv_heads * case.dk, case.kv_heads * case.dv], dim=1)
     query, key, value = (part.unflatten(1, (-1, d)) for part, d in zip(parts, (case.dk, case.dk, case.dv), strict=True))
     tensors = (query, key, value, key_cache, value_cache, slot_mapping, tables, query_start, seq_lens)
