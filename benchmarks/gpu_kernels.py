@@ -4,9 +4,10 @@
 
 The shapes are those of Llama-3.1-8B (32 query heads, 8 KV heads of 128) in bfloat16; block tables are as wide as the
 engine pads them. A time is the median over replays of a CUDA graph that holds several calls on different data, so that
-nothing is left in the L2 cache from one call to the next. Decoding is timed on contexts of one length, and on *ragged*
-ones, log-normal, as a server has them: in microseconds, as planned ("enginery"), with no context cut ("one split"), and
-what reading keys and values takes by the rate of a reduction ("least").
+nothing is left in the L2 cache from one call to the next. Prompts are timed with the kernel that is chosen ("enginery")
+and with the general one ("attend_long"). Decoding is timed on contexts of one length, and on *ragged* ones, log-normal,
+as a server has them: in microseconds, as planned ("enginery"), with no context cut ("one split"), and what reading keys
+and values takes by the rate of a reduction ("least").
 
 `--tune` also times the candidates of all tile choices, with rotary embedding as in a model; `--decode` and `--prefill`
 time nothing but those of one kind. `--layer` times a layer's attention and projections together; the projections alone:
@@ -41,7 +42,8 @@ DECODE = ((1, 192), (1, 8192), (16, 8192), (32, 192), (128, 256), (256, 192))
 """Sequences, and the keys of each."""
 RAGGED = (8, 26, 46, 91, 150, 248)
 """Sequences, of `ragged` lengths."""
-PREFILL = (1024, 8192)
+PREFILL = ((1024, 0), (8192, 0), (2048, 6144))
+"""New tokens of a prompt, and its context."""
 
 Times = dict[LaunchPlan | None, float]
 """Seconds of a call by its plan; None: as it is chosen."""
@@ -69,9 +71,9 @@ def bytes_of(keys: int) -> int:
     return keys * KV_HEADS * HEAD * 2 * 2
 
 
-def operations(tokens: int) -> float:
-    """Of causal attention over one fresh sequence."""
-    return 4 * HEADS * HEAD * tokens * (tokens + 1) / 2
+def operations(tokens: int, context: int) -> float:
+    """Of causal attention of one sequence."""
+    return 4 * HEADS * HEAD * tokens * (context + (tokens + 1) / 2)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -126,9 +128,9 @@ def decode(lengths: Sequence[int], plans: Iterable[LaunchPlan | None], *, rotary
     return Batch.random(lengths, 1, layers_for(sum(lengths))).times(plans, rotary=rotary)
 
 
-def prefill(tokens: int, plans: Iterable[LaunchPlan | None], *, rotary: bool = False) -> Times:
-    """Causal attention over one fresh sequence, the writing of the cache included."""
-    return Batch.random([tokens], tokens, 4).times(plans, rotary=rotary)
+def prefill(tokens: int, context: int, plans: Iterable[LaunchPlan | None], *, rotary: bool = False) -> Times:
+    """Causal attention of one sequence, the writing of the cache included."""
+    return Batch.random([context + tokens], tokens, 4).times(plans, rotary=rotary)
 
 
 def sdpa_decode(sequences: int, context: int, backend: SDPBackend) -> float:
@@ -173,8 +175,10 @@ def prefill_candidates() -> list[LaunchPlan]:
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
     ]  # fmt: skip
     base = default_plan([1024], 1024)
+    general = replace(base, hopper_programs=0)
     ways = itertools.product(shapes, (False, True))
-    return [replace(base, long=Tiling(*shape, descriptors)) for shape, descriptors in ways]
+    candidates = [replace(general, long=Tiling(*shape, descriptors)) for shape, descriptors in ways]
+    return [base, *candidates] if base.hopper_programs else candidates
 
 
 def compile_one(plan: LaunchPlan) -> None:
@@ -192,7 +196,7 @@ def tune(workers: int, kinds: Sequence[str]) -> dict:
             lengths = ragged(sequences)
             cases[f"decode {sequences} x {spread(lengths)}"] = partial(decode, lengths), ragged_candidates(lengths)
     if "prefill" in kinds:
-        cases |= {f"prefill {tokens}": (partial(prefill, tokens), prefill_candidates()) for tokens in PREFILL}
+        cases |= {f"prefill {prompt(*each)}": (partial(prefill, *each), prefill_candidates()) for each in PREFILL}
     good = compile_all(compile_one, itertools.chain.from_iterable(plans for _, plans in cases.values()), workers)
     results = {}
     for name, (run, plans) in cases.items():
@@ -205,8 +209,14 @@ def spread(lengths: Sequence[int]) -> str:
     return f"{sum(lengths) // len(lengths)} on average, {max(lengths)} at most"
 
 
+def prompt(tokens: int, context: int) -> str:
+    return f"{tokens} after {context}" if context else str(tokens)
+
+
 def shown(plan: LaunchPlan) -> str:
-    return f"{plan.short}, {plan.splits} splits of {plan.share} blocks" if plan.decode else str(plan.long)
+    if plan.decode:
+        return f"{plan.short}, {plan.splits} splits of {plan.share} blocks"
+    return plan.launches[-1] if plan.hopper_programs else str(plan.long)
 
 
 def layer(rows: int, context: int, function: Callable, *, overlap: bool, layers: int = 6) -> float:
@@ -269,13 +279,14 @@ def measure(limit: float) -> dict:
             "one split": by_plan[whole] * 1e6,
             "least": bytes_of(sum(lengths)) / limit * 1e-6,
         }
-    for tokens in PREFILL:
-        times = {
-            "enginery": prefill(tokens, [None])[None],
-            "cudnn (dense)": sdpa_prefill(tokens, SDPBackend.CUDNN_ATTENTION),
-            "flash (dense)": sdpa_prefill(tokens, SDPBackend.FLASH_ATTENTION),
-        }
-        results[f"prefill {tokens}, TFLOP/s"] = rates(operations(tokens), times)
+    for tokens, context in PREFILL:
+        general = replace(default_plan([context + tokens], tokens), hopper_programs=0)
+        by_plan = prefill(tokens, context, [None, general])
+        times = {"enginery": by_plan[None], "attend_long": by_plan[general]}
+        if not context:  # torch's has no paged one
+            times["cudnn (dense)"] = sdpa_prefill(tokens, SDPBackend.CUDNN_ATTENTION)
+            times["flash (dense)"] = sdpa_prefill(tokens, SDPBackend.FLASH_ATTENTION)
+        results[f"prefill {prompt(tokens, context)}, TFLOP/s"] = rates(operations(tokens, context), times)
     return results | compare_layers()
 
 

@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "DECODE": ((2, 20),),
         "DECODE_SPLITS": {(2, 20): (2,)},
         "RAGGED": (3,),
-        "PREFILL": (24,),
+        "PREFILL": ((24, 0), (9, 20)),
         "seconds": seconds,
         "sdpa_decode": lambda sequences, context, backend: 1e-6,
         "sdpa_prefill": lambda tokens, backend: 1e-6,
@@ -86,8 +86,10 @@ def test_one_split_and_the_plan_agree_with_the_reference() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_measurement_has_a_row_for_each_batch() -> None:
     results = benchmark.measure(4.0)
-    assert [name.split(",")[0] for name in results] == ["decode 2 x 20", "decode 3 x 198 on average", "prefill 24"]
-    assert results["prefill 24, TFLOP/s"].keys() == {"enginery", "cudnn (dense)", "flash (dense)"}
+    decode = ["decode 2 x 20", "decode 3 x 198 on average"]
+    assert [name.split(",")[0] for name in results] == [*decode, "prefill 24", "prefill 9 after 20"]
+    assert results["prefill 24, TFLOP/s"].keys() == {"enginery", "attend_long", "cudnn (dense)", "flash (dense)"}
+    assert results["prefill 9 after 20, TFLOP/s"].keys() == {"enginery", "attend_long"}
     ragged = next(row for name, row in results.items() if "average" in name)
     keys = sum(benchmark.ragged(3))
     assert ragged == {"enginery": 1.0, "one split": 1.0, "least": pytest.approx(keys * 2 * 16 * 4 / 4e12 * 1e6)}
@@ -99,3 +101,12 @@ def test_tuning_keeps_six_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "ragged_candidates", lambda lengths: few)
     tuned = benchmark.tune(1, ("decode",))
     assert [len(row) for row in tuned.values()] == [6, 3]
+
+
+def test_both_kernels_of_prompts_are_candidates_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = benchmark.default_plan([1024], 1024)
+    monkeypatch.setattr(benchmark, "default_plan", lambda *_: replace(plan, hopper_programs=132))
+    names = [benchmark.shown(candidate) for candidate in benchmark.prefill_candidates()]
+    assert names[0] == "attend_prompts"
+    assert all(name.startswith("Tiling(") for name in names[1:])
+    assert len(set(names)) == len(names) == 13
