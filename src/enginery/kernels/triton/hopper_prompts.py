@@ -48,7 +48,7 @@ from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E
 ROWS: gl.constexpr = gl.constexpr(64)
 """Of a tile for each of the two warpgroups: the height of their matrix products."""
 REGISTERS: gl.constexpr = gl.constexpr(232)
-"""Of a thread that computes. Of the 168 that each of three warpgroups starts with, the one that copies gives most."""
+"""Of a thread that computes; three warpgroups start with 168 each, and the one that copies gives most of its own."""
 PRODUCT: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 """How the four warps of a warpgroup hold scores `[ROWS, BLOCK_N]` and sums `[ROWS, HEAD]`: both are 128 wide."""
 WEIGHTS: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
@@ -240,10 +240,11 @@ def consume(batch, ring, queries, GROUP: gl.constexpr):
 
 @gluon.jit
 def start_warps(batch, ring, queries):
+    """Four warps, those of the launch, have the upper rows, four more the lower ones, and one fills the ring."""
     gl.warp_specialize(
         [(consume, (batch, ring, queries, 0)), (consume, (batch, ring, queries, 1)), (produce, (batch, ring))],
-        [4, 1],
-        [REGISTERS, 3 * 168 - 2 * REGISTERS],
+        worker_num_warps=[4, 1],
+        worker_num_regs=[REGISTERS, 3 * 168 - 2 * REGISTERS],
     )
 
 

@@ -23,7 +23,6 @@ STAGES: gl.constexpr = gl.constexpr(3)
 """Slots of the ring: 192 KiB of shared memory, beside 32 for the queries."""
 HALF: gl.constexpr = gl.constexpr(64)
 """Columns of 16 bits that the 128-byte swizzle of shared memory takes: a row of a head is two of them."""
-SLICES: gl.constexpr = gl.constexpr(2)
 SWIZZLED: gl.constexpr = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 
@@ -65,7 +64,10 @@ class Ring(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Tokens `begin + first ..` of a sequence of `length` new ones after `context` cached ones; the steps over them."""
+    """Tokens `begin + first ..` of a sequence of `length` new ones after `context` cached ones; how many steps it has.
+
+    The fields `masked_...` say how many of them need a mask.
+    """
 
     begin: gl.tensor
     first: gl.tensor
@@ -156,7 +158,7 @@ def valid_rows(tile, step):
 @gluon.jit
 def pages_of(slot):
     """A slot `[BLOCK_N, HEAD]` in pieces `[PAGE, HALF]`: the swizzled layout puts the left halves of all rows first."""
-    return slot._reinterpret(gl.bfloat16, [SLICES * BLOCK_N // PAGE, PAGE, HALF], SWIZZLED)
+    return slot._reinterpret(gl.bfloat16, [HEAD // HALF * BLOCK_N // PAGE, PAGE, HALF], SWIZZLED)
 
 
 @gluon.jit
@@ -172,7 +174,7 @@ def copy_step(tile, new_rows, pages, block_rows, kv_head, step, barrier, target)
             # Past the end some page has to come, so that the number of bytes stays the same.
             block = gl.load(tile.table + gl.minimum(start // PAGE + place, last))
             row = block * block_rows + kv_head * PAGE
-            for half in gl.static_range(SLICES):
+            for half in gl.static_range(HEAD // HALF):
                 piece = pieces.index(half * (BLOCK_N // PAGE) + place)
                 tma.async_copy_global_to_shared(pages, [row, half * HALF], barrier, piece)
 

@@ -71,7 +71,6 @@ class LaunchPlan:
     """Blocks of keys that each split gets at least: with fewer, there are fewer splits."""
     overlap: bool = False
     """Launch *short* while its predecessor still runs (programmatic dependent launch, from compute capability 9.0)."""
-
     hopper_programs: int = 0
     """Programs of `hopper_prompts.py`, which then has the prompts, if it takes the call; 0: `attend_long` has them."""
 
