@@ -37,6 +37,9 @@ else:
 ARRIVALS = 1 << 16
 """Counters that all calls share: 256 KiB for 2,048 sequences of 32 kv heads."""
 
+SHORT_PIECE = 16
+"""Blocks that a program of *short* may have without holding up the others."""
+
 RAGGED = 8
 """Tiles of queries that are not full for which *long* has programs: each prompt of a step ends in one."""
 
@@ -147,13 +150,16 @@ def plan_launch(
 def plan_splits(gpu: Gpu, pairs: int, blocks: int) -> tuple[int, int]:
     """(most splits, blocks that each has at least) for so many pairs of sequence and kv head of up to `blocks` each.
 
-    Few pairs are cut until they fill the GPU. Many fill it by themselves, but contexts differ: a long one, served by a
-    single program, would hold up the step (248 sequences of 343 keys on average and 2,138 at most: 153 µs in one piece
-    each, 113 in pieces of at least 512 keys on an H200; `benchmarks/gpu_kernels.py`).
+    Few pairs are cut until they fill the GPU, if that leaves no long pieces. Many fill it by themselves, but contexts
+    differ: a long one, served by a single program, would hold up the step (248 sequences of 343 keys on average and
+    2,138 at most: 153 µs in one piece each, 113 in pieces of at least 512 keys on an H200;
+    `benchmarks/gpu_kernels.py`).
     """
     filling = gpu.programs // max(1, pairs)
-    choices = ((8, filling, 1), (4, 8, 8), (2, 16, 8), (1, 8, 16), (0, 4, 32))
+    choices = ((4, 8, 8), (2, 16, 8), (1, 8, 16), (0, 4, 32))
     wanted, share = next((most, least) for bound, most, least in choices if filling >= bound)
+    if filling >= 8 or blocks <= filling * SHORT_PIECE:
+        wanted, share = filling, 1
     # Powers of two: each number of splits is a kernel that has to be compiled.
     splits = max(1, min(wanted, blocks // max(4, share), 64))
     return 1 << (splits.bit_length() - 1), share
