@@ -60,24 +60,32 @@ def turned(columns, ROW: tl.constexpr):
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def write_cache(
-    key, value, cos, sin, turned_key, key_cache, value_cache, slot_mapping, query_start, output, num_sequences,
-    key_stride, value_stride, angle_stride, key_block_stride, value_block_stride,
+    query, key, value, cos, sin, turned_query, turned_key, key_cache, value_cache, slot_mapping, query_start, output,
+    num_sequences, query_stride, key_stride, value_stride, angle_stride, key_block_stride, value_block_stride,
     KV_HEADS: tl.constexpr, HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PADDED_HEADS: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, PADDED_OUTPUT: tl.constexpr,
-    ROTARY: tl.constexpr,
+    PADDED_KV_HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr,
+    PADDED_OUTPUT: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
     """One program per token: its keys and values go to its slot; the output of a token of no sequence becomes zero.
 
-    With ROTARY, keys are turned, and go to `turned_key [T, Hkv, DK]`, too.
+    With ROTARY, queries and keys are turned, and go to `turned_query [T, Hq, DK]` and `turned_key [T, Hkv, DK]`, too.
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     block, within = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    heads = tl.arange(0, PADDED_HEADS)
-    inside = heads < KV_HEADS
-    cached = inside & (slot >= 0)
     columns = tl.arange(0, PADDED_DK)
     angle = token * angle_stride
+    if ROTARY:
+        heads = tl.arange(0, PADDED_HEADS)
+        inside = heads < HEADS
+        data = load_heads(
+            query + token * query_stride, heads * DK, columns, inside, cos + angle, sin + angle, heads * 0,
+            ROTARY, DK, PADDED_DK,
+        )  # fmt: skip
+        store_rows(turned_query + token * HEADS * DK, heads * DK, columns, data, inside, DK)
+    heads = tl.arange(0, PADDED_KV_HEADS)
+    inside = heads < KV_HEADS
+    cached = inside & (slot >= 0)
     data = load_heads(
         key + token * key_stride, heads * DK, columns, inside, cos + angle, sin + angle, heads * 0,
         ROTARY, DK, PADDED_DK,
@@ -287,18 +295,16 @@ def attend_short(
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def attend_long(
     query, key, value, key_tiles, value_tiles, key_cache, value_cache, block_tables, query_start, seq_lens,
-    sinks, alibi_slopes, cos, sin, output, num_sequences,
-    query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride, angle_stride,
+    sinks, alibi_slopes, output, num_sequences,
+    query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride,
     scale, window, softcap,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PADDED_DK: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PADDED_SEQUENCES: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    ROTARY: tl.constexpr,
 ):  # fmt: skip
     """One program per kv head and tile of BLOCK_Q tokens; `attend_short` has the sequences of at most SHORT new tokens.
 
-    With ROTARY, queries are turned by the tables `cos` and `sin` `[T, DK]`; the keys are turned already.
     `key_tiles` and `value_tiles`, if not None, are descriptors of the new keys and values `[T, Hkv·D]`.
 
     There are at most T // BLOCK_Q + S tiles. The grid has programs for the usual number; they take turns if need be.
@@ -329,10 +335,7 @@ def attend_long(
         positions = context + first + local_token
         key_columns = tl.arange(0, PADDED_DK)
         value_columns = tl.arange(0, PADDED_DV)
-        tile = load_heads(
-            query, token * query_stride + head * DK, key_columns, owned, cos, sin, token * angle_stride,
-            ROTARY, DK, PADDED_DK,
-        )  # fmt: skip
+        tile = load_rows(query, token * query_stride + head * DK, key_columns, owned, DK, PADDED_DK, True)
         slopes = tl.zeros([BLOCK_M], tl.float32)
         if HAS_ALIBI:
             slopes = tl.load(alibi_slopes + head).to(tl.float32)

@@ -62,20 +62,13 @@ LEAST_SEQUENCES = 32
 
 @gluon.jit
 def load_queries(batch, tile, row, target):
-    """Puts ROWS rows of a tile into shared memory, with ROTARY turned by their positions: x·cos + turn(x)·sin."""
+    """Puts ROWS rows of a tile into shared memory."""
     local_token = tile.first + row + gl.arange(0, ROWS, gl.SliceLayout(1, BY_LINES))
     owned = (local_token < tile.length)[:, None]
     token = (tile.begin + local_token).to(gl.int64)
     columns = gl.arange(0, HEAD, gl.SliceLayout(0, BY_LINES))
     rows = batch.query + (token * batch.query_stride + tile.head * HEAD)[:, None]
     data = gl.load(rows + columns[None, :], owned, other=0.0)
-    if batch.ROTARY:
-        angles = (token * batch.angle_stride)[:, None] + columns[None, :]
-        partner = gl.load(rows + (columns ^ HALF)[None, :], owned, other=0.0).to(gl.float32)
-        sign = gl.where(columns < HALF, -1.0, 1.0)[None, :]
-        cosine = gl.load(batch.cos + angles, owned, other=0.0).to(gl.float32)
-        sine = gl.load(batch.sin + angles, owned, other=0.0).to(gl.float32)
-        data = (data.to(gl.float32) * cosine + sign * partner * sine).to(gl.bfloat16)
     target.store(data)
     # The matrix units read what the threads have written.
     fence_async_shared()
@@ -250,16 +243,14 @@ def start_warps(batch, ring, queries):
 
 @gluon.jit(do_not_specialize=["num_sequences", "table_stride"])
 def attend_prompts(
-    query, output, new_keys, new_values, key_pages, value_pages, block_tables, query_start, seq_lens, cos, sin,
-    num_sequences, query_stride, table_stride, key_block_rows, value_block_rows, angle_stride, factor,
+    query, output, new_keys, new_values, key_pages, value_pages, block_tables, query_start, seq_lens,
+    num_sequences, query_stride, table_stride, key_block_rows, value_block_rows, factor,
     GROUPS: gl.constexpr, HEADS: gl.constexpr, PADDED_SEQUENCES: gl.constexpr, SHORT: gl.constexpr,
-    ROTARY: gl.constexpr,
 ):  # fmt: skip
     """The sequences of more than SHORT new tokens; programs take turns over tiles.
 
-    `factor`: scale · log2(e). With ROTARY, queries are turned by `cos` and `sin` `[T, HEAD]`; the keys are turned
-    already. `new_keys` and `new_values` describe the projections `[T, Hkv·HEAD]`, `key_pages` and `value_pages` the
-    rows of the caches; a page of a head lies PAGE rows after the one of the head before.
+    `factor`: scale · log2(e). `new_keys` and `new_values` describe the projections `[T, Hkv·HEAD]`, `key_pages` and
+    `value_pages` the rows of the caches; a page of a head lies PAGE rows after the one of the head before.
     """
     keys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, HEAD], SWIZZLED)
     values = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, HEAD], SWIZZLED)
@@ -275,9 +266,9 @@ def attend_prompts(
     # Made where it is passed on: an assignment would turn its constants into tensors.
     start_warps(
         Batch(
-            query, output, new_keys, new_values, key_pages, value_pages, block_tables, query_start, seq_lens, cos, sin,
-            num_sequences, query_stride, table_stride, key_block_rows, value_block_rows, angle_stride, factor,
-            GROUPS, HEADS, PADDED_SEQUENCES, SHORT, ROTARY,
+            query, output, new_keys, new_values, key_pages, value_pages, block_tables, query_start, seq_lens,
+            num_sequences, query_stride, table_stride, key_block_rows, value_block_rows, factor,
+            GROUPS, HEADS, PADDED_SEQUENCES, SHORT,
         ),
         ring, queries,
     )  # fmt: skip
@@ -312,12 +303,11 @@ def launch(
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-    angles: tuple[torch.Tensor, torch.Tensor] | None,
     output: torch.Tensor,
     short: int,
     processors: int,
 ) -> None:
-    """Writes the rows of `output` whose sequence has more than `short` new tokens; `key` is turned already."""
+    """Writes the rows of `output` whose sequence has more than `short` new tokens."""
     tokens, heads, size = query.shape
     sequences = len(seq_lens)
     new_rows = [
@@ -327,13 +317,10 @@ def launch(
         TensorDescriptor.from_tensor(rows_of_pages(cache), [PAGE.value, HALF.value], SWIZZLED.value)
         for cache in (key_cache, value_cache)
     ]
-    # A kernel needs a pointer where a feature is off, too; it is never followed.
-    cos, sin = (query, query) if angles is None else angles
     most_tiles = (tokens // BLOCK_M.value + sequences) * heads
     attend_prompts[(min(most_tiles, processors),)](
-        query, output, *new_rows, *pages, block_tables, query_start, seq_lens, cos, sin, sequences, query.stride(0),
-        block_tables.stride(0), key_cache.stride(0) // size, value_cache.stride(0) // size, cos.stride(0),
+        query, output, *new_rows, *pages, block_tables, query_start, seq_lens, sequences, query.stride(0),
+        block_tables.stride(0), key_cache.stride(0) // size, value_cache.stride(0) // size,
         scale * LOG2_E.value, GROUPS=heads // key.shape[1], HEADS=heads,
-        PADDED_SEQUENCES=max(LEAST_SEQUENCES, triton.next_power_of_2(sequences)), SHORT=short,
-        ROTARY=angles is not None, num_warps=4,
+        PADDED_SEQUENCES=max(LEAST_SEQUENCES, triton.next_power_of_2(sequences)), SHORT=short, num_warps=4,
     )  # fmt: skip

@@ -38,20 +38,16 @@ class Batch(NamedTuple):
     block_tables: gl.tensor
     query_start: gl.tensor
     seq_lens: gl.tensor
-    cos: gl.tensor
-    sin: gl.tensor
     num_sequences: gl.tensor
     query_stride: gl.tensor
     table_stride: gl.tensor
     key_block_rows: gl.tensor
     value_block_rows: gl.tensor
-    angle_stride: gl.tensor
     factor: gl.tensor
     GROUPS: gl.constexpr
     HEADS: gl.constexpr
     PADDED_SEQUENCES: gl.constexpr
     SHORT: gl.constexpr
-    ROTARY: gl.constexpr
 
 
 class Ring(NamedTuple):

@@ -10,8 +10,8 @@ Two kernels share the batch by the number of a sequence's new tokens, which only
   most models need of it on Hopper, `hopper_prompts.py` does faster: bfloat16, heads of 128, no feature.
 
 Where there are as many tokens as sequences (T = S: decoding), only *short* runs, and it writes the cache too: the new
-tokens go through registers on their way there. Otherwise `write_cache` comes first. With rotary embedding a kernel
-turns what it reads; only *long* gets the new keys turned, for it reads them again and again. Every grid follows from
+tokens go through registers on their way there, turned if there is rotary embedding. Otherwise `write_cache` comes
+first, and turns all queries and new keys once; tiles of prompts read them again and again. Every grid follows from
 shapes, nothing is read on the host, so a call can be captured in a CUDA graph. Either plan is right for any batch;
 T = S with long chunks among empty sequences is merely slow.
 """
@@ -261,7 +261,6 @@ class Call:
             "HAS_SOFTCAP": self.softcap is not None,
             "HAS_SINKS": self.sinks is not None,
             "HAS_ALIBI": self.alibi_slopes is not None,
-            "ROTARY": self.angles is not None,
         }
 
     @property
@@ -286,7 +285,10 @@ class Call:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        return self.value.stride(0), self.block_tables.stride(0), *self.cache_strides, self.tables[0].stride(0)
+        return (
+            self.query.stride(0), self.key.stride(0), self.value.stride(0), self.block_tables.stride(0),
+            *self.cache_strides,
+        )  # fmt: skip
 
     def plan(self) -> LaunchPlan:
         block_size, width = self.value_cache.shape[2], max(self.sizes["PADDED_DK"], self.sizes["PADDED_DV"])
@@ -331,27 +333,30 @@ def paged_attention(
     output = query.new_empty(call.tokens, call.heads, value_cache.shape[3])
     if call.tokens == 0 or call.sequences == 0:
         return output.zero_()
-    if plan.decode:
-        _attend_short(call, plan, output, arrivals)
-    else:
-        turned_key = _write_cache(call, output)
-        _attend_short(call, plan, output, arrivals)
-        _attend_long(replace(call, key=turned_key), plan, output)
+    if not plan.decode:
+        call = _write_cache(call, output)
+    _attend_short(call, plan, output, arrivals)
+    if not plan.decode:
+        _attend_long(call, plan, output)
     return output
 
 
-def _write_cache(call: Call, output: torch.Tensor) -> torch.Tensor:
-    """Also zeroes the output of tokens that belong to nobody; returns the keys, turned if there are angles."""
-    turned_key = call.key if call.angles is None else call.key.new_empty(call.key.shape)
+def _write_cache(call: Call, output: torch.Tensor) -> Call:
+    """Also zeroes the output of tokens that belong to nobody; returns the call with queries and keys turned."""
+    turned = call
+    if call.angles is not None:
+        query, key = (heads.new_empty(heads.shape) for heads in (call.query, call.key))
+        turned = replace(call, query=query, key=key, angles=None)
     cos, sin = call.tables
     write_cache[(call.tokens,)](
-        call.key, call.value, cos, sin, turned_key, call.key_cache, call.value_cache, call.slot_mapping,
-        call.query_start, output, call.sequences, call.key.stride(0), call.value.stride(0), cos.stride(0),
-        *call.cache_strides,
-        KV_HEADS=call.kv_heads, HEADS=call.heads, PADDED_HEADS=triton.next_power_of_2(call.kv_heads),
-        PADDED_OUTPUT=triton.next_power_of_2(output[0].numel()), ROTARY=call.angles is not None, **call.sizes,
+        call.query, call.key, call.value, cos, sin, turned.query, turned.key, call.key_cache, call.value_cache,
+        call.slot_mapping, call.query_start, output, call.sequences, call.query.stride(0), call.key.stride(0),
+        call.value.stride(0), cos.stride(0), *call.cache_strides,
+        KV_HEADS=call.kv_heads, HEADS=call.heads, PADDED_KV_HEADS=triton.next_power_of_2(call.kv_heads),
+        PADDED_HEADS=triton.next_power_of_2(call.heads), PADDED_OUTPUT=triton.next_power_of_2(output[0].numel()),
+        ROTARY=call.angles is not None, **call.sizes,
     )  # fmt: skip
-    return turned_key
+    return turned
 
 
 def _attend_short(call: Call, plan: LaunchPlan, output: torch.Tensor, arrivals: torch.Tensor | None) -> None:
@@ -368,20 +373,21 @@ def _attend_short(call: Call, plan: LaunchPlan, output: torch.Tensor, arrivals: 
     attend_short[(call.kv_heads, call.sequences, plan.splits)](
         call.query, call.key, call.value, call.key_cache, call.value_cache, call.slot_mapping, call.block_tables,
         call.query_start, call.seq_lens, *call.biases, *call.tables, output, partial_sums, partial_stats, arrivals,
-        call.sequences, rows, call.query.stride(0), call.key.stride(0), *call.strides, *call.numbers,
+        call.sequences, rows, *call.strides, call.tables[0].stride(0), *call.numbers,
         BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
         SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * power_of_two(dv)),
-        PADDED_GROUPS=padded_groups, DECODE=plan.decode, OVERLAP=plan.overlap, launch_pdl=plan.overlap,
+        PADDED_GROUPS=padded_groups, DECODE=plan.decode, ROTARY=call.angles is not None,
+        OVERLAP=plan.overlap, launch_pdl=plan.overlap,
         **plan.short.options, **call.sizes, **call.features,
     )  # fmt: skip
 
 
 def _attend_long(call: Call, plan: LaunchPlan, output: torch.Tensor) -> None:
-    """`call.key` is turned already."""
+    """Queries and keys are turned already."""
     heads = (call.query, call.key, call.value, call.key_cache, call.value_cache)
     if plan.hopper_programs and call.is_plain and hopper_prompts.takes(*heads):
         hopper_prompts.launch(
-            *heads, call.block_tables, call.query_start, call.seq_lens, call.scale, call.angles, output,
+            *heads, call.block_tables, call.query_start, call.seq_lens, call.scale, output,
             plan.short_tokens(call.groups), plan.hopper_programs,
         )  # fmt: skip
         return
@@ -391,8 +397,7 @@ def _attend_long(call: Call, plan: LaunchPlan, output: torch.Tensor) -> None:
     tiles = call.tokens // (plan.long.block_m // call.groups) + min(call.sequences, RAGGED)
     attend_long[(call.kv_heads, tiles)](
         call.query, call.key, call.value, key_tiles, value_tiles, call.key_cache, call.value_cache, call.block_tables,
-        call.query_start, call.seq_lens, *call.biases, *call.tables, output, call.sequences,
-        call.query.stride(0), call.key.stride(0), *call.strides, *call.numbers,
+        call.query_start, call.seq_lens, *call.biases, output, call.sequences, *call.strides, *call.numbers,
         BLOCK_M=plan.long.block_m, BLOCK_N=plan.long.block_n,
         PADDED_SEQUENCES=triton.next_power_of_2(call.sequences), SHORT=plan.short_tokens(call.groups),
         **plan.long.options, **call.sizes, **call.features,
