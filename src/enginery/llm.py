@@ -171,7 +171,9 @@ class Inspection:
         """In JSON types."""
         plan = self.plan
         sizes = {name: getattr(plan, name) for name in ("available", "weights", "activations", "kv_cache", "total")}
-        parts = {"facts": dataclasses.asdict(self.facts), "limits": dataclasses.asdict(plan.limits), "bytes": sizes}
+        limits = dataclasses.asdict(plan.limits)
+        del limits["step_sizes"]  # only an open engine has them
+        parts = {"facts": dataclasses.asdict(self.facts), "limits": limits, "bytes": sizes}
         return {"format": self.format, **parts, "regions": dict(self.regions), "advice": self.advice}
 
 

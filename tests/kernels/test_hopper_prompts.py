@@ -22,9 +22,12 @@ from .test_triton_paged_attention import Case, build
 from .triton_device import DEVICE, kernels_for_device
 
 with kernels_for_device():
-    from enginery.kernels.triton import hopper_prompts
     from enginery.kernels.triton import paged_attention as kernels
     from enginery.kernels.triton.rotary import rotary_paged_attention
+
+if kernels.hopper_prompts is None:
+    pytest.skip("the kernel is written for Triton 3.6", allow_module_level=True)
+hopper_prompts = kernels.hopper_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -219,6 +219,7 @@ def test_the_last_chunk_that_is_long_enough_is_cut() -> None:
         (128, [300], (256, 400)),  # larger than any size
         (128, [70], (191, 384)),  # prompts would keep 63 tokens
         (128, [40, 40, 40], (192, 256)),  # no chunk is longer than what is too much
+        (128, [380], (256, 384, 512)),  # 124 tokens would wait for 4 rows of padding
     ],
 )
 def test_no_prompt_is_cut(count: int, lengths: list[int], sizes: tuple[int, ...]) -> None:
@@ -252,7 +253,7 @@ def test_cuts_happen_and_change_nothing(overlap: bool, monkeypatch: pytest.Monke
         excess = step.num_tokens % 8
         decoding = step.num_new.count(1)
         if 2 <= decoding < len(step.num_new) and step.num_tokens - excess - decoding >= 2:
-            assert excess == 0 or max(step.num_new) <= excess
+            assert excess in (0, 7) or max(step.num_new) <= excess  # 7 are too many to wait for one row of padding
     assert session.stats().num_preemptions > 0
     assert [facts(final[request_id]) for request_id in ids] == [alone(*request) for request in todo]
 

@@ -180,6 +180,28 @@ def test_of_a_batch_the_longest_start_first_if_they_fit_side_by_side(num_blocks:
     check_idle(session)
 
 
+def test_several_completions_count_as_so_many_requests() -> None:
+    """Five requests of two each do not all run at once on four rows: the long one starts first."""
+    session = make_session(max_num_seqs=4)
+    lengths = (2, 2, 2, 2, 9)
+    params = [SamplingParams(n=2, max_tokens=length, ignore_eos=True, seed=3) for length in lengths]
+    session.generate([[place] for place in range(5)], params)
+    assert session.stats().num_steps < 12
+
+
+def test_a_prompt_to_the_end_of_the_context_counts_no_more_than_that() -> None:
+    session = make_session(max_num_seqs=2, num_blocks=48)
+    prompts = [[1] * 50, *([2] * 50 for _ in range(4))]
+    params = [SamplingParams(max_tokens=2), *(SamplingParams(max_tokens=None) for _ in range(4))]
+    assert session._longest_first(prompts, params) == [44, 0, 0, 0, 0]
+
+
+def test_a_batch_overtakes_nothing_that_was_added_before() -> None:
+    session = make_session(max_num_seqs=1)
+    params = [SamplingParams(max_tokens=length) for length in (2, 9, 5)]
+    assert session._longest_first([[2]] * 3, params) == [7, 0, 4]
+
+
 def test_generate_leaves_nothing_behind_when_a_prompt_is_wrong() -> None:
     session = make_session()
     with pytest.raises(RequestError):

@@ -27,7 +27,7 @@ bfloat16 take an H200 139 µs for 96 rows as for 128, 184 for 224 and 182 for 25
 
 
 def ladder(limit: int) -> list[int]:
-    """Sizes up to `limit`: each at most a quarter larger than the one before, from 16 on in multiples of 8."""
+    """Sizes up to `limit`: powers of two to 16, multiples of 8 to 32, then in quarters of an octave."""
     sizes: list[int] = []
     size = 1
     while size < limit:

@@ -26,6 +26,8 @@ from enginery.runtime.request import Sequence, Status
 
 MANY_DECODING = 128
 """Sequences of a step beside which prompts are cut to fit its padded size."""
+MOST_CUT = 4
+"""Tokens that may wait a step for each row of padding that is saved."""
 LEAST_PROMPT = 64
 """Tokens of prompts that such a step keeps."""
 
@@ -165,17 +167,18 @@ class Scheduler:
     def _cut_to_size(self, schedule: Schedule) -> None:
         """Shortens the chunk of a prompt beside many decoding sequences, so that the step needs no padding.
 
-        What is cut off rides along in the next step, for less than padding to the next size costs here. Beside few a
-        prompt is never cut: there may be no such step, and its remainder would cost one.
+        What is cut off rides along in the next step, for less than padding to the next size costs here, if it is not
+        much more than that. Beside few a prompt is never cut: there may be no such step, and its remainder would cost
+        one.
         """
-        num_new = schedule.num_new
-        if not self.limits.step_sizes or not len(num_new) < schedule.num_tokens <= self.limits.step_sizes[-1]:
+        num_new, sizes = schedule.num_new, self.limits.step_sizes
+        if not sizes or not max(len(num_new), sizes[0]) < schedule.num_tokens <= sizes[-1]:
             return
-        size = max((size for size in self.limits.step_sizes if size <= schedule.num_tokens), default=0)
-        decoding = num_new.count(1)
-        if decoding < MANY_DECODING or size - decoding < LEAST_PROMPT:
+        place = bisect_left(sizes, schedule.num_tokens)
+        size, padding = sizes[place - 1], sizes[place] - schedule.num_tokens
+        excess, decoding = schedule.num_tokens - size, num_new.count(1)
+        if decoding < MANY_DECODING or size - decoding < LEAST_PROMPT or excess > MOST_CUT * padding:
             return
-        excess = schedule.num_tokens - size
         index = next((i for i in reversed(range(len(num_new))) if num_new[i] > excess), None)
         if index is None:
             return

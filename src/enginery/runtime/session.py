@@ -228,17 +228,19 @@ class Session:
         multiprocessing timing anomalies", 1969). All equal where memory does not hold the longest ones side by side:
         they would preempt each other."""
         limits = self.engine.limits
-        longest = [min(wanted.max_tokens or limits.max_model_len, limits.max_model_len) for wanted in params]
-        needed = sorted(
-            (
-                self.scheduler.blocks.blocks_for(length_hint(tokens) + new)
-                for tokens, new in zip(prompts, longest, strict=True)
-            ),
-            reverse=True,
-        )[: limits.max_num_seqs]
-        if len(prompts) <= limits.max_num_seqs or sum(needed) > limits.num_blocks:
+        longest: list[int] = []
+        needed: list[int] = []
+        for tokens, wanted in zip(prompts, params, strict=True):
+            length = length_hint(tokens)
+            new = min(wanted.max_tokens or limits.max_model_len, max(1, limits.max_model_len - length))
+            width = wanted.beam_width if isinstance(wanted, BeamSearchParams) else wanted.n
+            longest.append(new)
+            needed += [self.scheduler.blocks.blocks_for(length + new)] * width
+        side_by_side = sorted(needed, reverse=True)[: limits.max_num_seqs]
+        if len(needed) <= limits.max_num_seqs or sum(side_by_side) > limits.num_blocks:
             return [0] * len(prompts)
-        return [-new for new in longest]
+        # The longest has the priority of requests added elsewhere: a batch is not to overtake them.
+        return [max(longest) - new for new in longest]
 
     # ---- the step
 

@@ -79,6 +79,7 @@ class LaunchPlan:
 
     @property
     def launches(self) -> tuple[str, ...]:
+        """As planned: `attend_long` has what `attend_prompts` does not take."""
         long = "attend_prompts" if self.hopper_programs else "attend_long"
         return ("attend_short",) if self.decode else ("write_cache", "attend_short", long)
 
