@@ -240,7 +240,8 @@ class Session:
         if len(needed) <= limits.max_num_seqs or sum(side_by_side) > limits.num_blocks:
             return [0] * len(prompts)
         # The longest has the priority of requests added elsewhere: a batch is not to overtake them.
-        return [max(longest) - new for new in longest]
+        most = max(longest)
+        return [most - new for new in longest]
 
     # ---- the step
 
