@@ -204,18 +204,18 @@ def prompts_of(job: Job, lengths: Sequence[int]) -> list[list[int]]:
     return [generator.choices(vocabulary, k=length) for length in lengths]
 
 
-def seconds(runner: Runner, prompts: Prompts, new_tokens: Sequence[int]) -> float:
+def seconds(run: Callable[[Prompts, Sequence[int]], None], prompts: Prompts, new_tokens: Sequence[int]) -> float:
     begin = time.perf_counter()
-    runner.generate(prompts, new_tokens)
+    run(prompts, new_tokens)
     return time.perf_counter() - begin
 
 
-def best(job: Job, measure: Callable[[], float]) -> float:
-    """The least of the runs that fit into the time that is left; one at least."""
-    results: list[float] = []
-    while len(results) < job.repeats and (not results or time.time() + results[-1] < job.deadline):
-        results.append(measure())
-    return min(results)
+def best(job: Job, *measures: Callable[[], float]) -> list[float]:
+    """The least of each, measured in turns, as often as fits into the time that is left; once at least."""
+    rounds: list[list[float]] = []
+    while len(rounds) < job.repeats and (not rounds or time.time() + sum(rounds[-1]) < job.deadline):
+        rounds.append([measure() for measure in measures])
+    return [min(results) for results in zip(*rounds, strict=True)]
 
 
 def _decode(job: Job, runner: Runner, arm: Arm) -> Result:
@@ -224,20 +224,18 @@ def _decode(job: Job, runner: Runner, arm: Arm) -> Result:
         prompts[:1] if arm.group == "context" else prompts, [4] * (1 if arm.group == "context" else arm.batch)
     )
     # In turns: a GPU that grows warm and slow between the two would show in their difference.
-    firsts, wholes = [], []
-    for _ in range(job.repeats):
-        firsts.append(seconds(runner, prompts, [1] * arm.batch))
-        wholes.append(seconds(runner, prompts, [arm.new] * arm.batch))
-        if time.time() + firsts[-1] + wholes[-1] > job.deadline:
-            break
-    first, whole = min(firsts), min(wholes)
+    first, whole = best(
+        job,
+        lambda: seconds(runner.generate, prompts, [1] * arm.batch),
+        lambda: seconds(runner.generate, prompts, [arm.new] * arm.batch),
+    )
     return {"value": 1e3 * (whole - first) / (arm.new - 1), "time to first tokens, ms": 1e3 * first}
 
 
 def _prefill(job: Job, runner: Runner, arm: Arm) -> Result:
     prompts = prompts_of(job, [arm.length] * arm.batch)
     runner.generate(prompts[:1], [1])
-    least = best(job, lambda: seconds(runner, prompts, [1] * arm.batch))
+    (least,) = best(job, lambda: seconds(runner.generate, prompts, [1] * arm.batch))
     return {"value": 1e3 * least, "tokens/s": arm.length * arm.batch / least}
 
 
@@ -250,12 +248,10 @@ def _requests(job: Job) -> tuple[list[list[int]], list[int]]:
 def _load(job: Job, runner: Any, arm: Arm) -> Result:
     prompts, counts = _requests(job)
     if arm.name == ARRIVALS:
-        begin = time.perf_counter()
-        runner.serve(prompts, counts)
-        least = time.perf_counter() - begin
+        least = seconds(runner.serve, prompts, counts)
     else:
         runner.generate(prompts[:64], [4] * len(prompts[:64]))
-        least = best(job, lambda: seconds(runner, prompts, counts))
+        (least,) = best(job, lambda: seconds(runner.generate, prompts, counts))
     total = sum(counts) + sum(map(len, prompts))
     return {"value": sum(counts) / least, "total tokens/s": total / least, "seconds": least}
 
@@ -265,7 +261,7 @@ def _steps_of_load(job: Job, runner: Runner, arm: Arm) -> Result:
     runner.generate(prompts, counts)  # captures what shapes it meets
     cuda = job.device == "cuda"
     with recorded(cuda) as steps:
-        wall = seconds(runner, prompts, counts)
+        wall = seconds(runner.generate, prompts, counts)
     if cuda:
         torch.cuda.synchronize()
     return {"value": wall, **summary(steps, wall)}
@@ -374,7 +370,7 @@ def _profile(job: Job, runner: EngineRunner, arm: Arm) -> Result:
     if "prefill" in arm.name:
         prompts = prompts_of(job, [arm.length])
         runner.generate(prompts, [1])
-        step = best(job, lambda: seconds(runner, prompts, [1]))
+        (step,) = best(job, lambda: seconds(runner.generate, prompts, [1]))
         profile = profiled(lambda: runner.generate(prompts, [1]), 1, job.device)
     else:
         steps, few = _steps(job)
