@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.kernels.triton_device import DEVICE, kernels_for_device
+from tests.kernels.triton_device import kernels_for_device
 
 from enginery.ops.paged_attention import paged_attention_reference
+
+from .small import make_small
 
 with kernels_for_device():
     import gpu_kernels as benchmark
@@ -17,29 +19,21 @@ with kernels_for_device():
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of each kind of call is made once; torch's attention is not what is tested."""
-
-    def seconds(calls: list) -> float:
-        calls[0]()
-        return 1e-6
-
-    for name, value in {
-        "DEVICE": DEVICE,
-        "HEADS": 4,
-        "KV_HEADS": 2,
-        "HEAD": 16,
-        "L2_BYTES": 0,
-        "DECODE": ((2, 20),),
-        "DECODE_SPLITS": {(2, 20): (2,)},
-        "RAGGED": (3,),
-        "PREFILL": ((24, 0), (9, 20)),
-        "seconds": seconds,
-        "sdpa_decode": lambda sequences, context, backend: 1e-6,
-        "sdpa_prefill": lambda tokens, backend: 1e-6,
-        "compare_layers": dict,
-        "compile_all": lambda run, jobs, workers: set(jobs),
-    }.items():
-        monkeypatch.setattr(benchmark, name, value)
+    """torch's attention is not what is tested."""
+    make_small(
+        monkeypatch,
+        benchmark,
+        HEADS=4,
+        KV_HEADS=2,
+        HEAD=16,
+        DECODE=((2, 20),),
+        DECODE_SPLITS={(2, 20): (2,)},
+        RAGGED=(3,),
+        PREFILL=((24, 0), (9, 20)),
+        sdpa_decode=lambda sequences, context, backend: 1e-6,
+        sdpa_prefill=lambda tokens, backend: 1e-6,
+        compare_layers=dict,
+    )
 
 
 def test_ragged_lengths_are_those_that_the_kernels_were_tuned_on() -> None:

@@ -6,7 +6,9 @@ import itertools
 
 import pytest
 import torch
-from tests.kernels.triton_device import DEVICE, kernels_for_device
+from tests.kernels.triton_device import kernels_for_device
+
+from .small import make_small
 
 with kernels_for_device():
     import gpu_linears as benchmark
@@ -16,22 +18,7 @@ SMALL = {"qkv": (96, 64), "o": (64, 64), "gate_up": (128, 64), "down": (64, 64),
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of each kind of call is made once."""
-
-    def seconds(calls: list) -> float:
-        calls[0]()
-        return 1e-6
-
-    for name, value in {
-        "DEVICE": DEVICE,
-        "PROJECTIONS": SMALL,
-        "L2_BYTES": 0,
-        "ROWS": (1, 17),
-        "seconds": seconds,
-        "read_bandwidth": lambda: 4.0,
-        "compile_all": lambda run, jobs, workers: set(jobs),
-    }.items():
-        monkeypatch.setattr(benchmark, name, value)
+    make_small(monkeypatch, benchmark, PROJECTIONS=SMALL, ROWS=(1, 17), read_bandwidth=lambda: 4.0)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
