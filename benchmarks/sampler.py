@@ -8,8 +8,8 @@ Logits have the shape that language models give (Zipf over a random order of the
 milliseconds. The copy of the logits that each step may write to is not counted. The device is kept busy while a step
 is launched, so that its time is that of its kernels and not of their launches.
 
-`torch.max` and `greatest` are the first part of every kind, by one reduction and as the sampler does it on a device; at
-widths below 32768 both are the same.
+`torch.max` and `greatest` are the first part of every kind, by one reduction and by the operator that the
+sampler calls on a device.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from enginery.kernels.table import TABLE
 from enginery.runtime.batch import SamplingInputs
 from enginery.runtime.draws import Draws
 from enginery.runtime.sampler import Sampler, Sampling
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
     options = parser.parse_args()
+    TABLE.load(options.device)
     generator = torch.Generator().manual_seed(0)
     ranks = torch.stack([torch.randperm(options.vocabulary, generator=generator) for _ in range(options.rows)])
     noise = torch.randn(ranks.shape, generator=generator)

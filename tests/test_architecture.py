@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "graph_rewriting": {"rewriting", "network", "ops", "errors", "env"},
     "quantization": set(),
     "engine": {"kernels", "quantization", "rewriting", "network", "ops", "errors", "env"},
-    "runtime": {"engine.protocol", "errors", "env"},
+    "runtime": {"engine.protocol", "ops", "errors", "env"},
     "llm": {"frontends", "checkpoint", "engine", "rewriting", "runtime", "kernels", "network", "errors", "env"},
     "cli": {"llm", "analysis", "runtime", "engine", "kernels", "checkpoint", "network", "rewriting", "errors", "env"},
     "__init__": {"llm", "network", "engine", "runtime", "rewriting", "graph_rewriting", "ops"},

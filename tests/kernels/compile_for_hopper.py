@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDe
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from enginery.kernels.triton import dependent_launch, fused_linear, paged_attention
+from enginery.kernels.triton import dependent_launch, fused_linear, greatest, paged_attention
 from enginery.kernels.triton.linear import H200_SHARED_MEMORY
 
 TYPES = {
@@ -146,11 +146,17 @@ def check_linears(numbers: Sequence[int]) -> None:
             fused_linear.norm_linear(*operands, None, scale, gated, unit=unit)
 
 
+def check_greatest(vocabularies: Sequence[int]) -> None:
+    for size, dtype in itertools.product(vocabularies, (torch.float32, torch.bfloat16)):
+        greatest.greatest(make(64, size, dtype=dtype))
+
+
 def main(few: bool) -> None:
     JITFunction.run = compile_call  # type: ignore[method-assign]
     dependent_launch.overlaps = lambda device: True
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
     torch._scaled_mm = lambda a, b, *_, **__: make(a.shape[0], b.shape[1])  # type: ignore[assignment]
+    check_greatest((50257, 128256))
     if few:
         check_attention(((1, 1, 32), (300, 200, 512), (512, 1, 32)))
         check_linears((1, 256))

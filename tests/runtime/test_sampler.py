@@ -25,7 +25,7 @@ from transformers import (
 
 from enginery.runtime.batch import SamplingInputs, uniform_noise
 from enginery.runtime.candidates import candidates_on_device, candidates_on_host
-from enginery.runtime.draws import Draws, HostDraws, greatest_in_windows, nucleus_floor
+from enginery.runtime.draws import Draws, HostDraws, nucleus_floor
 from enginery.runtime.edits import LogitsEdits
 from enginery.runtime.logprobs import top_logprobs
 from enginery.runtime.sampler import Sampler
@@ -396,49 +396,11 @@ def test_what_runs_on_a_device_never_looks() -> None:
     assert len(sampling.wait().token_ids) == 24
 
 
-def test_a_greedy_batch_is_one_reduction() -> None:
+def test_a_greedy_batch_is_one_operator() -> None:
     logits = torch.randn(8, 500)
     with _Watch() as watch:
         Sampler(Draws()).sample(logits, inputs(8, temperature=0.0))
-    assert watch.names == ["aten.max.dim"]
-
-
-def test_a_greedy_batch_of_many_words_is_four_kernels() -> None:
-    logits = torch.randn(8, 50257)
-    with _Watch() as watch:
-        Sampler(Draws()).sample(logits, inputs(8, temperature=0.0))
-    views = {"aten.unfold.default", "aten.squeeze.dim"}
-    kernels = [name for name in watch.names if name not in views]
-    assert kernels == ["aten.max.dim", "aten.max.dim", "aten.gather.default", "aten.add_.Tensor"]
-
-
-def assert_same_greatest(found: tuple[torch.Tensor, torch.Tensor], logits: torch.Tensor) -> None:
-    best, token_ids = torch.max(logits, dim=1)
-    assert torch.equal(found[0].nan_to_num(nan=math.pi), best.nan_to_num(nan=math.pi))
-    assert torch.equal(found[1], token_ids)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 32000, 32767, 32768, 50257, 128256])
-@pytest.mark.parametrize("spread", [0.01, 3.0])
-def test_the_greatest_is_that_of_one_reduction(size: int, spread: float) -> None:
-    """Rounded to bfloat16, many are equal: the first counts, as it does with NaN and infinities."""
-    logits = (torch.randn(12, size) * spread).bfloat16().float()
-    columns = torch.randint(size, (12, 3))
-    logits[1, columns[1]] = math.nan
-    logits[2, columns[2]] = math.inf
-    logits[3] = -math.inf
-    logits[4] = 7.0
-    logits[5, columns[5, 0]], logits[5, columns[5, 1]] = math.inf, math.nan
-    logits[6, -1], logits[7, 0], logits[8] = 99.0, 99.0, math.nan
-    assert_same_greatest(Draws().greatest(logits), logits)
-    assert_same_greatest(Draws().greatest(logits[::2]), logits[::2])
-
-
-@given(size=st.integers(64, 3000), values=st.integers(1, 40), seed=st.integers(0, 2**32))
-def test_windows_find_the_first_of_equals(size: int, values: int, seed: int) -> None:
-    logits = torch.randint(values, (3, size), generator=torch.Generator().manual_seed(seed)).float()
-    logits[0, logits[0] == 0] = math.nan
-    assert_same_greatest(greatest_in_windows(logits), logits)
+    assert watch.names == ["enginery.greatest.default"]
 
 
 def test_large_batches_are_drawn_in_parts() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from enginery.kernels.table import TABLE
 from enginery.runtime.batch import SamplingInputs
 from enginery.runtime.draws import Draws
 from enginery.runtime.logprobs import top_logprobs
@@ -21,6 +22,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 VOCABULARIES = [777, 32000, 50257]
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    """Those that an engine would have loaded."""
+    TABLE.load("cuda")
 
 
 @contextmanager

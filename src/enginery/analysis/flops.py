@@ -164,7 +164,7 @@ _PRODUCTS: Mapping[str, Rule] = MappingProxyType(
 _OTHERS: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp"), _per_input(1)),
-        "silu_mul": _per_input(1),
+        **dict.fromkeys(("greatest", "silu_mul"), _per_input(1)),
         "add_rms_norm": _per_input(ADD_RMS_NORM),
     }
 )

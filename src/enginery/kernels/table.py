@@ -136,7 +136,9 @@ def _load_triton(_: Report | None) -> None:
 TRITON = Candidate(
     name=lambda: "Triton",
     device="cuda",
-    ops=frozenset({"add_rms_norm", "linear", "norm_linear", "paged_attention", "rotary_paged_attention", "silu_mul"}),
+    ops=frozenset(
+        {"add_rms_norm", "greatest", "linear", "norm_linear", "paged_attention", "rotary_paged_attention", "silu_mul"}
+    ),
     unavailable=_missing_triton,
     load=_load_triton,
 )

@@ -11,6 +11,7 @@ from enginery.ops.attention import ATTENTION
 from enginery.ops.declare import NAMESPACE, Op
 from enginery.ops.experts import EXPERT_LINEAR
 from enginery.ops.gpt_attention import GPT_ATTENTION
+from enginery.ops.greatest import GREATEST
 from enginery.ops.linear import LINEAR, PACK_LINEAR, PACKED_EMBEDDING, PACKED_LINEAR, PANEL
 from enginery.ops.norm_linear import NORM_LINEAR
 from enginery.ops.paged_attention import PAGED_ATTENTION
@@ -30,6 +31,7 @@ OPS: tuple[Op, ...] = (
     ROTARY_PAGED_ATTENTION,
     LINEAR,
     NORM_LINEAR,
+    GREATEST,
 )
 
 attention = ATTENTION.overload
@@ -44,6 +46,7 @@ silu_mul = SILU_MUL.overload
 rotary_paged_attention = ROTARY_PAGED_ATTENTION.overload
 linear = LINEAR.overload
 norm_linear = NORM_LINEAR.overload
+greatest = GREATEST.overload
 
 
 def reference(overload: torch._ops.OpOverload) -> Callable:
@@ -52,7 +55,7 @@ def reference(overload: torch._ops.OpOverload) -> Callable:
 
 
 __all__ = [
-    "NAMESPACE", "OPS", "PANEL", "Op", "add_rms_norm", "attention", "expert_linear", "gpt_attention", "linear",
-    "norm_linear", "pack_linear", "packed_embedding", "packed_linear", "paged_attention", "reference",
+    "NAMESPACE", "OPS", "PANEL", "Op", "add_rms_norm", "attention", "expert_linear", "gpt_attention", "greatest",
+    "linear", "norm_linear", "pack_linear", "packed_embedding", "packed_linear", "paged_attention", "reference",
     "rotary_paged_attention", "silu_mul",
 ]  # fmt: skip

@@ -131,7 +131,7 @@ def _table() -> Mapping[str, Callable[[Layer], Axes]]:
         "linalg_vector_norm diff glu",
         _looked_up: "embedding",
         _joined: "cat concat concatenate hstack",
-        _last: "linear packed_linear expert_linear norm_linear add_rms_norm silu_mul",
+        _last: "linear packed_linear expert_linear norm_linear add_rms_norm silu_mul greatest",
         _normalised: "layer_norm rms_norm native_layer_norm",
         _product: "matmul mm bmm addmm baddbmm mv dot",
         _indexed: "index index_put",

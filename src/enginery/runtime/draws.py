@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from enginery import ops
 from enginery.runtime.candidates import BLOCK, candidates_on_device, candidates_on_host
 
 CANDIDATES = 128
@@ -24,10 +25,6 @@ _UNIT = 2.0**40
 _BELOW_1 = 1.0 - 2.0**-53
 _DIGIT = 2**16
 """Values of a digit of a weight's bits."""
-_WIDE = 2**15
-"""Tokens of a vocabulary from which on a device finds the largest in windows."""
-_WINDOWS = (256, 128, 64)
-"""of a row; the first that divides it best"""
 
 
 @dataclass(slots=True)
@@ -65,7 +62,7 @@ class Draws:
 
     def greatest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The largest of each row, NaN if there is one, and its column; of equal ones the first."""
-        best, token_ids = logits.max(dim=1) if logits.shape[1] < _WIDE else greatest_in_windows(logits)
+        best, token_ids = ops.greatest(logits)
         return best, token_ids
 
     def ranked(self, logits: Tensor, parameters: Parameters) -> Tensor:
@@ -133,22 +130,6 @@ class HostDraws(Draws):
     def _exp(self, values: Tensor) -> Tensor:
         np.exp(values.numpy(), out=values.numpy())
         return values
-
-
-def greatest_in_windows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits.max(dim=1)` of `[M, V]`, V >= 64, in four kernels: a device reduces a row in one block of threads, which
-    takes long, but windows of it side by side.
-
-    Windows overlap where their number does not divide the row. Of equal elements the first still wins: windows before
-    the first that holds it end before it, so they hold none of the others.
-    """
-    size = logits.shape[1]
-    count = min(_WINDOWS, key=lambda count: size % count)
-    step = size // count
-    values, places = logits.unfold(1, step + size % count, step).max(dim=2)
-    best, window = values.max(dim=1, keepdim=True)
-    token_ids = places.gather(1, window).add_(window, alpha=step)
-    return best.squeeze(1), token_ids.squeeze(1)
 
 
 def nucleus_floor(weights: Tensor, top_p: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ a seeded request gives the same tokens in any batch. Rows are grouped by how muc
   token in it.
 
 The host decides by the parameters alone, never by what the device computes, so that it can go on while the device
-works: parameters go there in one copy, and the outcome comes back in one, which only `Sampling.wait` waits for.
+works: parameters go there in one copy, and only `Sampling.wait` waits for what comes back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Small arrays between the host and a device, all of a step in one copy each way, none of which makes the host wait.
+"""Small arrays between the host and a device, none of which makes the host wait: what a step sends goes in one copy,
+what comes back in one for each tensor.
 
 Copies are asynchronous only from and to pinned memory. It comes from torch's caching host allocator, which hands a
 block out again only when the copies that use it are done, so buffers may be dropped as soon as their copy is queued.
@@ -58,33 +59,15 @@ class Download:
     """Tensors of one device on their way to the host."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
+        # From a GPU this gives pinned memory.
+        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
         self._event: torch.cuda.Event | None = None
         if tensors[0].device.type != "cpu":
-            packed = join(tensors)
-            self._buffer = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
-            self._buffer.copy_(packed, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
     def wait(self) -> list[np.ndarray]:
         """Blocks until they are on the host."""
-        if self._event is None:
-            return [tensor.numpy() for tensor in self._tensors]
-        self._event.synchronize()
-        return split(self._buffer, self._tensors)
-
-
-def join(tensors: list[Tensor]) -> Tensor:
-    """The bytes of all tensors, on their device."""
-    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
-
-
-def split(buffer: Tensor, tensors: list[Tensor]) -> list[np.ndarray]:
-    """Views of a buffer on the host that `join` filled, of the tensors' shapes and types."""
-    dtypes = [torch.empty(0, dtype=tensor.dtype).numpy().dtype for tensor in tensors]
-    parts = buffer.split([tensor.nbytes for tensor in tensors])
-    return [
-        part.numpy().view(dtype).reshape(tensor.shape)
-        for part, dtype, tensor in zip(parts, dtypes, tensors, strict=True)
-    ]
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._tensors]

@@ -8,6 +8,7 @@ import torch
 
 from enginery.kernels.triton.add_rms_norm import add_rms_norm
 from enginery.kernels.triton.fused_linear import linear, norm_linear
+from enginery.kernels.triton.greatest import greatest
 from enginery.kernels.triton.paged_attention import new_arrivals, paged_attention
 from enginery.kernels.triton.rotary import rotary_paged_attention
 from enginery.kernels.triton.silu_mul import silu_mul
@@ -25,5 +26,8 @@ def register() -> None:
     _LIBRARY.impl("norm_linear", partial(norm_linear, unit=unit), "CUDA")
     _LIBRARY.impl("paged_attention", partial(paged_attention, arrivals=arrivals), "CUDA")
     _LIBRARY.impl("rotary_paged_attention", partial(rotary_paged_attention, arrivals=arrivals), "CUDA")
+    _LIBRARY.impl("greatest", partial(greatest, arrivals=arrivals), "CUDA")
     _LIBRARY.impl("add_rms_norm", add_rms_norm, "CUDA")
     _LIBRARY.impl("silu_mul", silu_mul, "CUDA")
+    # No region has it, so no step compiles it before the first that is sampled, for which a request waits.
+    greatest(torch.zeros(1, 16, device="cuda"), arrivals=arrivals)
