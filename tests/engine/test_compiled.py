@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ from tests.engine.conftest import CONFIG
 from tests.engine.decoder import Batcher, Decoder, random_tokens
 
 from enginery.engine.code_cache import CodeCache, fingerprint
+from enginery.engine.compile import Run
 from enginery.engine.engine import Engine
+from enginery.engine.steps import CompiledStep, HostStep
 from enginery.errors import EngineFileError, EngineryWarning, StepError, UsageError
+from enginery.network import Tensor
 
 
 def test_prefill_decode_and_mixed_steps_equal_the_model(compiled: Engine, model: Decoder) -> None:
@@ -49,6 +53,37 @@ def test_a_step_without_logits(compiled: Engine, model: Decoder) -> None:
     assert compiled.execute(silent).shape == (0, compiled.limits.vocab_size)
     inputs, expected = batcher.step([(sequence, 4)])
     torch.testing.assert_close(compiled.execute(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_values_are_let_go_when_their_last_reader_has_run(compiled: Engine, model: Decoder) -> None:
+    regions, runs = compiled.regions.regions, compiled._runs
+    made: dict[Tensor, weakref.ref[torch.Tensor]] = {}
+    pending = iter(regions)
+    seen: list[int] = []
+
+    def spied(run: Run) -> Run:
+        def call(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+            region = next(pending)
+            left = {tensor for later in regions[regions.index(region) :] for tensor in later.bindings}
+            alive = {tensor for tensor, value in made.items() if value() is not None}
+            assert alive == made.keys() & left
+            seen.append(len(made) - len(alive))
+            results = run(arguments)
+            made.update(zip(region.results, map(weakref.ref, results), strict=True))
+            return results
+
+        return call
+
+    fixed = compiled._weights | compiled._pools
+    spies = {key: spied(run) for key, run in runs.items()}
+    step = HostStep(
+        CompiledStep(compiled.regions, spies, fixed, compiled._step_inputs), [t.name for t in compiled._step_inputs]
+    )
+    batcher = Batcher(model)
+    inputs, expected = batcher.step([(batcher.add(random_tokens(9, 1)), 5)])
+    torch.testing.assert_close(step(inputs), expected, rtol=1e-5, atol=1e-5)
+    assert seen == sorted(seen)
+    assert seen[-1] > 1
 
 
 def test_a_forked_sequence_goes_on_from_copied_blocks(compiled: Engine, model: Decoder) -> None:

@@ -70,13 +70,12 @@ class CompiledStep:
                 results = call.run(arguments)  # type: ignore[arg-type]
             except (RuntimeError, MemoryError) as error:
                 raise step_error(f"region {call.name}", error) from error
+            for place, _ in call.fills:
+                arguments[place] = None
             for slot, result in zip(call.results, results, strict=True):
                 values[slot] = result
             for slot in call.dead:
                 values[slot] = None
-        for call in self._calls:
-            for place, _ in call.fills:
-                call.arguments[place] = None
         logits = values[self._logits]
         assert logits is not None  # noqa: S101  (a region computed it)
         return logits
