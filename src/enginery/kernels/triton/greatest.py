@@ -63,8 +63,10 @@ def greatest(
     if arrivals is None or len(arrivals) < rows:
         arrivals = logits.new_zeros(rows, dtype=torch.int32)
     tops = logits.new_empty(rows, MOST_TILES, dtype=torch.float32)
-    tile = max(tile, triton.next_power_of_2(triton.cdiv(width, MOST_TILES)))
-    argmax_rows[(triton.cdiv(width, tile), rows)](
+    while width > tile * MOST_TILES:
+        tile *= 2
+    # This runs in every step, outside its graph, and Triton's cdiv would take the host as long as an allocation.
+    argmax_rows[-(-width // tile), rows](
         logits, best, columns, tops, arrivals, logits.stride(0), width,
         TILE=tile, MOST_TILES=MOST_TILES, num_warps=8,
     )  # fmt: skip
