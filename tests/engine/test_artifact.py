@@ -100,6 +100,26 @@ def test_any_flipped_byte_is_found(eager_engine: Path) -> None:
     open_artifact(eager_engine)
 
 
+@pytest.mark.parametrize("place", [0, 20, -1])
+def test_damaged_weights_are_found_beside_the_opening(eager_engine: Path, place: int) -> None:
+    """A damaged header, too, whose reader would say something else."""
+    path = next(eager_engine.glob("weights-*"))
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    opened = open_artifact(eager_engine, weights=False)
+    with pytest.raises(EngineFileError, match=r"weights-\S+ was changed: its digest is"), opened.verifying_weights():
+        pass
+    with pytest.raises(EngineFileError, match=r"weights-\S+ was changed: its digest is"):
+        Engine.load(eager_engine, EAGER)
+
+
+def test_what_fails_beside_sound_weights_is_told(eager_engine: Path) -> None:
+    opened = open_artifact(eager_engine)
+    with pytest.raises(ResourceError, match="no room"), opened.verifying_weights():
+        raise ResourceError("no room", "Make some")
+
+
 def test_digests_cover_every_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "CHUNK", 64)
     path = tmp_path / "file"

@@ -33,6 +33,20 @@ def test_equal_layers_share_one_region(layers: int) -> None:
     assert len({region.bindings for region in blocks}) == layers
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_folded_each_distinct_region_is_there_once_and_reads_what_is_given(window: int | None) -> None:
+    network, regions = cut(Decoder(6, window=window))
+    folded = regions.folded()
+    assert [region.key for region in folded.regions] == list(regions.distinct)
+    given = {*network.inputs, *network.constants}
+    for region, whole in zip(folded.regions, regions.distinct.values(), strict=True):
+        assert given.issuperset(region.bindings)
+        assert [(t.shape, t.dtype) for t in region.bindings] == [(t.shape, t.dtype) for t in whole.bindings]
+        given.update(region.results)
+    assert given.issuperset(network.outputs)
+    assert folded.folded() == folded
+
+
 def test_layers_with_a_window_are_another_region() -> None:
     _, regions = cut(Decoder(4, window=5))
     assert len(regions.distinct) == 4

@@ -22,7 +22,7 @@ from enginery.engine.compile import HOST_EFFORT, Compilation
 from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
 from enginery.engine.graphs import LaunchedStep, empty_step, largest_step
-from enginery.engine.inputs import InputBuffer
+from enginery.engine.inputs import InputBuffer, StepShape
 from enginery.engine.steps import CompiledStep
 from enginery.engine.warming import warm
 from enginery.errors import BuildError
@@ -34,6 +34,7 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: set[tuple[Any, ...]] = set()
+        self.count = 0
 
     @property
     def names(self) -> set[str]:
@@ -43,6 +44,7 @@ class Calls(TorchDispatchMode):
         if function.namespace == "enginery":
             given = [*args, *(kwargs or {}).values()]
             self.made.add((function.name(), *map(described, given)))
+            self.count += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -68,6 +70,24 @@ def test_warming_makes_the_calls_of_compiled_steps(compiled: Engine) -> None:
             launched.run(shape)
     assert run.names == {"enginery::paged_attention", "enginery::packed_linear"}
     assert warmed.made == run.made
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (8, 8), (1, 1)])
+def test_a_rehearsal_makes_the_calls_of_the_whole_step(compiled: Engine, shape: tuple[int, int]) -> None:
+    tokens, sequences = shape
+    buffer = InputBuffer(compiled.limits, torch.device("cpu"))
+    rehearsed, launched = (
+        LaunchedStep(compiled._compiled(regions), buffer) for regions in (compiled.regions.folded(), compiled.regions)
+    )
+    buffer.send(empty_step(), StepShape(tokens, sequences, 4, sequences))
+    made = []
+    for step in (rehearsed, launched):
+        with Calls() as calls:
+            logits = step.run(StepShape(tokens, sequences, 4, sequences))
+        assert logits.shape == (sequences, compiled.limits.vocab_size)
+        made.append(calls)
+    assert made[0].made == made[1].made
+    assert made[0].count < made[1].count
 
 
 def test_warming_goes_on_where_memory_is_too_small_for_a_shape(
@@ -176,21 +196,39 @@ def test_capture_compiles_nothing_that_was_warmed(
     in_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triton = pytest.importorskip("triton")
-    from enginery.kernels.triton import add_rms_norm, attention_kernels, float8, linear, silu_mul
-
-    modules = (add_rms_norm, attention_kernels, float8, linear, silu_mul)
-    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)]
     config = BuildConfig(max_num_seqs=48, max_num_batched_tokens=256, device="cuda", kv_cache_memory=64 << 20)
     model = Decoder()
     engine = build(imported(model), reader(model), config, tmp_path / "engine")
     engine.close()
 
     compiled: list[str] = []
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
-    for kernel in kernels:  # those of the tests before
-        kernel.device_caches.clear()
+    capturing: list[bool] = []
+    knobs = triton.knobs.runtime
+    monkeypatch.setattr(knobs, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
+    monkeypatch.setattr(
+        knobs, "kernel_load_start_hook", lambda *_: capturing.append(torch.cuda.is_current_stream_capturing())
+    )
+    forget_kernels(triton)
     warm(engine.regions, engine.plan)
     assert any("attend_short" in name for name in compiled)
     compiled.clear()
     Engine.load(tmp_path / "engine", config).close()
     assert compiled == []
+
+    forget_kernels(triton)
+    capturing.clear()
+    engine = Engine.load(tmp_path / "engine", config)
+    assert len(engine._run) == len(list(engine._run.buckets.at_open()))  # type: ignore[arg-type, union-attr]
+    engine.close()
+    assert len(capturing) > 5
+    assert not any(capturing)
+
+
+def forget_kernels(triton: Any) -> None:
+    """Those of the tests before."""
+    from enginery.kernels.triton import add_rms_norm, attention_kernels, float8, linear, silu_mul
+
+    for module in (add_rms_norm, attention_kernels, float8, linear, silu_mul):
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.clear()

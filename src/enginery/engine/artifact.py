@@ -13,7 +13,8 @@ import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ from enginery.network import Network
 
 NETWORK = "network.txt"
 KERNELS = "kernels"
+WEIGHTS = "weights-"
+Report = Callable[[str, int, int], None]
+"""stage, done, total"""
 MAX_NETWORK_BYTES = 256 << 20
 
 _SPARE_BYTES = 16 << 20
@@ -111,15 +115,32 @@ def _require_replaceable(target: Path) -> None:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An engine on disk, opened and verified."""
+    """An engine on disk, opened and verified; see `open_artifact` for its weights."""
 
     directory: Path
     manifest: Manifest
     network: Network
 
+    @contextmanager
+    def verifying_weights(self, report: Report | None = None) -> Iterator[None]:
+        """Verifies the weight files beside what the block does, which ends when both have ended.
+
+        Raises EngineFileError, also in the place of what the block raises: that may follow from a damaged file.
+        """
+        files = [name for name in self.manifest.files if name.startswith(WEIGHTS)]
+        report = report or (lambda stage, done, total: None)
+        report("verify", 0, len(files))
+        with ThreadPoolExecutor(1) as beside:
+            verified = beside.submit(_verify_digests, self.directory, self.manifest, files)
+            try:
+                yield
+            finally:
+                verified.result()
+        report("verify", len(files), len(files))
+
     def weights(self) -> dict[str, torch.Tensor]:
         """By the names of the network's constants, mapped, paged in when they are read."""
-        names = [name for name in self.manifest.files if name.startswith("weights-")]
+        names = [name for name in self.manifest.files if name.startswith(WEIGHTS)]
         return map_weights([self.directory / name for name in sorted(names)], self.network.constants)
 
     def kernels(self, fingerprint: str) -> dict[str, Path]:
@@ -135,15 +156,16 @@ class Artifact:
         return bool(folders) and fingerprint not in folders
 
 
-def open_artifact(directory: Path, *, report: Callable[[str, int, int], None] | None = None) -> Artifact:
-    """Verifies every byte and reads the network.
+def open_artifact(directory: Path, *, weights: bool = True) -> Artifact:
+    """Verifies every byte and reads the network. Without `weights`, their bytes are left to `verifying_weights`.
 
     Raises EngineFileError: a file is missing, changed, too many or a link; the format is not this version's; the
     network is invalid. Compiled regions may be missing.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    _verify_files(directory, manifest, report)
+    present = _verify_presence(directory, manifest)
+    _verify_digests(directory, manifest, [name for name in present if weights or not name.startswith(WEIGHTS)])
     try:
         network = Network.parse((directory / NETWORK).read_text(encoding="utf-8"))
         network.verify()
@@ -163,26 +185,33 @@ def _require_borders(network: Network) -> None:
         raise NetworkError(f"its outputs are {', '.join(network.output_names)}, not logits in float32")
 
 
-def _verify_files(directory: Path, manifest: Manifest, report: Callable[[str, int, int], None] | None) -> None:
-    try:
-        present = _files(directory)
-        _verify_presence(directory, manifest, present)
-        checked = [name for name in manifest.files if name in present]
-        if report is not None:
-            report("verify", 0, len(checked))
-        digests = file_digests([directory / name for name in checked])
-    except OSError as error:
-        raise EngineFileError(f"{directory}: cannot be read ({error.strerror or error})", REBUILD) from None
-    for name in checked:
+def _verify_digests(directory: Path, manifest: Manifest, files: Collection[str]) -> None:
+    with _reading(directory):
+        digests = file_digests([directory / name for name in files])
+    for name in files:
         if digests[directory / name] != manifest.files[name].digest:
             stated = manifest.files[name].digest[:16]
             found = digests[directory / name][:16]
             raise EngineFileError(f"{directory / name} was changed: its digest is {found}…, not {stated}…", REBUILD)
-    if report is not None:
-        report("verify", len(checked), len(checked))
 
 
-def _verify_presence(directory: Path, manifest: Manifest, present: set[str]) -> None:
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EngineFileError(f"{directory}: cannot be read ({error.strerror or error})", REBUILD) from None
+
+
+def _verify_presence(directory: Path, manifest: Manifest) -> list[str]:
+    """The files that are there, in the order of the manifest: all but compiled regions have to be, and no others."""
+    with _reading(directory):
+        present = _files(directory)
+        _verify_sizes(directory, manifest, present)
+    return [name for name in manifest.files if name in present]
+
+
+def _verify_sizes(directory: Path, manifest: Manifest, present: set[str]) -> None:
     extra = present - manifest.files.keys() - {NAME}
     if extra:
         raise EngineFileError(f"{directory / min(extra)} is not part of the engine", "Remove it")

@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from enginery.engine.memory import TOO_LARGE, MemoryPlan, caches, measured_plan,
 from enginery.engine.protocol import EngineLimits, StepInputs
 from enginery.engine.regions import Outline, outline
 from enginery.engine.steps import CompiledStep, EagerStep, HostStep, Step
+from enginery.engine.transfer import Transfer
 from enginery.engine.warming import warm
 from enginery.errors import EngineryWarning, ResourceError, StepError, UsageError
 from enginery.kernels.table import TABLE, Row
@@ -36,9 +36,6 @@ from enginery.network import Network, Tensor
 
 Progress = Callable[[str, int, int], None]
 """stage, done, total (0: unknown)"""
-
-COPYING_THREADS = 8
-"""that read mapped weights and send them to the device: one alone is slower than either"""
 
 
 @dataclass(frozen=True)
@@ -81,29 +78,40 @@ class Engine:
         warn_of_references(TABLE.load(self.device.type))
         self._network = parts.network
         self._pools: dict[str, torch.Tensor] = {}
-        with ThreadPoolExecutor(COPYING_THREADS) as copying:
-            moved = {name: copying.submit(value.to, self.device) for name, value in parts.weights.items()}
-            self._runs: dict[str, Run] = {}
+        self._runs: dict[str, Run] = {}
+        self._run: Callable[[StepInputs], torch.Tensor] | None
+        with self._transfer(parts.weights) as weights:
+            self._weights = weights.placed
             if config.backend == "compiled":
                 warming = partial(warm, self.regions, self.plan)
                 packages = compile_regions(self.regions, self.device.type, progress, warming)
                 self._runs = {key: load(path, self.device.type) for key, path in packages.items()}
-            self._weights = _arrived(moved, self.plan)
-        self._run: Callable[[StepInputs], torch.Tensor] | None = (
-            self._open_host() if self.device.type == "cpu" else self._open_gpu(config, progress)
-        )
+            self._run = self._open_host() if self.device.type == "cpu" else self._open_gpu(config, progress)
+            weights.wait()
+
+    def _transfer(self, weights: Mapping[str, torch.Tensor]) -> Transfer:
+        try:
+            return Transfer(weights, self.device)
+        except torch.OutOfMemoryError:
+            raise ResourceError(
+                f"the weights of {self.plan.weights / 2**30:.2f} GiB do not fit on {self.device}", TOO_LARGE
+            ) from None
 
     def _open_host(self) -> HostStep:
         return HostStep(self._step(), [tensor.name for tensor in self._step_inputs])
 
     def _open_gpu(self, config: BuildConfig, progress: Progress | None) -> LaunchedStep | GraphedStep:
-        """Sizes the KV cache by what the largest step really takes, then captures the usual steps."""
+        """Sizes the KV cache by what the largest step really takes, then captures the usual steps.
+
+        The weights may still be on their way: no value that a step computes here is kept.
+        """
         buffer = InputBuffer(self.limits, self.device)
         if config.backend == "eager":
             return LaunchedStep(self._step(), buffer)
         self.plan = measured_plan(self.plan, config, self._measure_activations(buffer))
         launched = LaunchedStep(self._step(), buffer)
-        graphed = GraphedStep(launched, buffer, self.limits)
+        rehearsed = LaunchedStep(self._compiled(self.regions.folded()), buffer)
+        graphed = GraphedStep(launched, rehearsed, buffer, self.limits)
         before = torch.cuda.memory_reserved()
         shapes = list(graphed.buckets.at_open())
         for done, _ in enumerate(graphed.capture(shapes)):
@@ -146,10 +154,12 @@ class Engine:
     def _step(self, num_blocks: int | None = None) -> Step:
         """The network over the weights and fresh KV pools."""
         self._pools = self._allocate(num_blocks or self.limits.num_blocks)
-        fixed = self._weights | self._pools
         if self.backend == "eager":
-            return EagerStep(self._network, fixed, self._step_inputs)
-        return CompiledStep(self.regions, self._runs, fixed, self._step_inputs)
+            return EagerStep(self._network, self._weights | self._pools, self._step_inputs)
+        return self._compiled(self.regions)
+
+    def _compiled(self, regions: Outline) -> CompiledStep:
+        return CompiledStep(regions, self._runs, self._weights | self._pools, self._step_inputs)
 
     @classmethod
     def load(
@@ -171,22 +181,23 @@ class Engine:
             ResourceError: the device's memory is too small; says what would fit.
         """
         config = config or BuildConfig()
-        artifact = open_artifact(Path(directory), report=progress)
+        artifact = open_artifact(Path(directory), weights=False)
         manifest = artifact.manifest
         _require_same(manifest, config, Path(directory))
-        parts = Parts.of(artifact)
-        plan_memory(parts.network, parts.regions, manifest.facts, config, manifest.device)  # fails before the work does
-        if config.backend == "compiled":
-            cache = CodeCache(fingerprint(manifest.device))
-            cache.adopt(artifact.kernels(cache.fingerprint), trust=trust_engine_code)
-            if artifact.is_foreign(cache.fingerprint) and not all(map(cache.find, parts.regions.distinct)):
-                warnings.warn(
-                    f"{directory} was compiled for another machine, torch or Enginery: its regions are compiled "
-                    "again, once",
-                    EngineryWarning,
-                    stacklevel=2,
-                )
-        return cls(parts, config, progress)
+        with artifact.verifying_weights(progress):
+            parts = Parts.of(artifact)
+            plan_memory(parts.network, parts.regions, manifest.facts, config, manifest.device)  # before the work
+            if config.backend == "compiled":
+                cache = CodeCache(fingerprint(manifest.device))
+                cache.adopt(artifact.kernels(cache.fingerprint), trust=trust_engine_code)
+                if artifact.is_foreign(cache.fingerprint) and not all(map(cache.find, parts.regions.distinct)):
+                    warnings.warn(
+                        f"{directory} was compiled for another machine, torch or Enginery: its regions are compiled "
+                        "again, once",
+                        EngineryWarning,
+                        stacklevel=2,
+                    )
+            return cls(parts, config, progress)
 
     @classmethod
     def open(cls, artifact: Artifact, config: BuildConfig, progress: Progress | None = None) -> Engine:
@@ -274,16 +285,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
-
-
-def _arrived(moved: Mapping[str, Future[torch.Tensor]], plan: MemoryPlan) -> dict[str, torch.Tensor]:
-    """The weights on their device."""
-    try:
-        return {name: future.result() for name, future in moved.items()}
-    except torch.OutOfMemoryError:
-        raise ResourceError(
-            f"the weights of {plan.weights / 2**30:.2f} GiB do not fit on {plan.device}", TOO_LARGE
-        ) from None
 
 
 def warn_of_references(rows: Sequence[Row]) -> None:

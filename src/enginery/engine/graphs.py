@@ -52,9 +52,13 @@ class LaunchedStep:
 class GraphedStep:
     """Replays a step's graph where a shape holds the step, and launches it otherwise."""
 
-    def __init__(self, launched: LaunchedStep, buffer: InputBuffer, limits: EngineLimits) -> None:
+    def __init__(
+        self, launched: LaunchedStep, rehearsed: LaunchedStep, buffer: InputBuffer, limits: EngineLimits
+    ) -> None:
+        """`rehearsed` launches every kernel of `launched`, each of them once if it can."""
         self.buckets = Buckets.of(limits)
         self._launched = launched
+        self._rehearsed = rehearsed
         self._buffer = buffer
         self._captured: dict[StepShape, Captured | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -100,8 +104,7 @@ class GraphedStep:
         self._buffer.send(empty_step(), shape)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._launched.run(shape)  # compiles kernels and allocates workspaces, which a capture must not
-            self._stream.synchronize()
+            self._rehearsed.run(shape)  # loads kernels and allocates workspaces, which a capture must not
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:

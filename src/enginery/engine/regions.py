@@ -16,7 +16,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from enginery.network import Dim, Layer, Network, Tensor
@@ -58,6 +58,24 @@ class Outline:
         for region in self.regions:
             found.setdefault(region.key, region)
         return found
+
+    def folded(self) -> Outline:
+        """The distinct regions alone, as a step that can be run: what a region gives that is left out, its equal gives.
+
+        It calls every operator that the whole calls, on tensors of the same shapes and strides.
+        """
+        distinct = self.distinct
+        given = {
+            tensor: result
+            for region in self.regions
+            for tensor, result in zip(region.results, distinct[region.key].results, strict=True)
+        }
+        return Outline(
+            tuple(
+                replace(region, bindings=tuple(given.get(tensor, tensor) for tensor in region.bindings))
+                for region in distinct.values()
+            )
+        )
 
     def __str__(self) -> str:
         counts = Counter(region.key for region in self.regions)

@@ -45,7 +45,7 @@ def _run_usual_steps(outline: Outline, plan: MemoryPlan) -> None:
     if sum(math.prod(shape) * dtype.itemsize for shape, dtype in set(kinds.values())) > plan.kv_cache:
         return
     zeros = {kind: torch.zeros(kind[0], dtype=kind[1], device=device) for kind in set(kinds.values())}
-    step = OperatorStep(outline, {name: zeros[kind] for name, kind in kinds.items()}, device)
+    step = OperatorStep(outline.folded(), {name: zeros[kind] for name, kind in kinds.items()}, device)
     for shape in shapes:
         buffer.send(empty_step(), shape)
         with suppress(torch.OutOfMemoryError):  # a smaller one may fit
@@ -63,27 +63,25 @@ def _fixed(outline: Outline) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 class OperatorStep:
-    """Each distinct region once, by its operators; its results stand for those of every region that is equal."""
+    """A step by its operators."""
 
     def __init__(self, outline: Outline, fixed: Values, device: torch.device) -> None:
         """`fixed` are weights and KV pools by name."""
         self._fixed = fixed
-        self._calls = [(region, region.network.to_graph_module(device)) for region in outline.distinct.values()]
-        self._places = {
-            tensor: (region.key, i) for region in outline.regions for i, tensor in enumerate(region.results)
-        }
+        self._calls = [(region, region.network.to_graph_module(device)) for region in outline.regions]
 
     def __call__(self, inputs: Values) -> None:
-        results: dict[tuple[str, int], torch.Tensor] = {}
+        results: dict[Tensor, torch.Tensor] = {}
 
         def value_of(tensor: Tensor) -> torch.Tensor:
-            if tensor in self._places:
-                return results[self._places[tensor]]
+            if tensor in results:
+                return results[tensor]
             return inputs[tensor.name] if tensor.name in inputs else self._fixed[tensor.name]
 
         for region, run in self._calls:
-            for i, result in enumerate(run(*map(value_of, region.bindings))):
-                results[region.key, i] = result.contiguous()  # as compiled regions give them
+            given = run(*map(value_of, region.bindings))
+            # As compiled regions give them.
+            results.update((tensor, value.contiguous()) for tensor, value in zip(region.results, given, strict=True))
 
 
 __all__ = ["OperatorStep", "warm"]
