@@ -29,7 +29,8 @@ import torch
 
 from enginery.kernels.triton import fused_linear
 from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
-from enginery.kernels.triton.float8 import float8_product, quantised
+from enginery.kernels.triton.cublas import Cublas
+from enginery.kernels.triton.float8 import quantised
 from enginery.kernels.triton.linear import (
     NORM_TILES,
     Tiles,
@@ -39,11 +40,12 @@ from enginery.kernels.triton.linear import (
     skinny_linear,
     skinny_norm_linear,
 )
-from enginery.kernels.triton.silu_mul import silu_mul
+from enginery.kernels.triton.silu_mul import scaled_silu_mul, silu_mul
 from gpu_timing import L2_BYTES, compile_all, read_bandwidth, seconds
 from record import record
 
 DEVICE = torch.device("cuda")
+CUBLAS = Cublas()
 PROJECTIONS = {
     "qkv": (6144, 4096),
     "o": (4096, 4096),
@@ -127,29 +129,30 @@ def scaled_mm(input, scales, unit, weight, scale):
     return torch._scaled_mm(input, weight.t(), left, right, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def linear_operator(input, unit, weight, scale):
-    return fused_linear.linear(input, weight, None, scale, unit=unit)
+def linear_operator(input, cublas, weight, scale):
+    return fused_linear.linear(input, weight, None, scale, cublas=cublas)
 
 
-def norm_linear_operator(input, residual, norm_weight, unit, gated, weight, scale):
-    return fused_linear.norm_linear(input, residual, norm_weight, EPS, weight, None, scale, gated, unit=unit)
+def norm_linear_operator(input, residual, norm_weight, cublas, gated, weight, scale):
+    return fused_linear.norm_linear(input, residual, norm_weight, EPS, weight, None, scale, gated, cublas=cublas)
 
 
-def cublas_linear(input, unit, weight, scale):
+def cublas_linear(input, cublas, weight, scale):
     if scale is None:
-        return torch.nn.functional.linear(input, weight)
-    return float8_product(*quantised(input), weight, scale, None, torch.bfloat16, unit)
+        return cublas.linear(input, weight)
+    return cublas.float8(*quantised(input), weight, scale, None, torch.bfloat16)
 
 
-def cublas_norm_linear(input, residual, norm_weight, unit, gated, weight, scale):
+def cublas_norm_linear(input, residual, norm_weight, cublas, gated, weight, scale):
     """Norm and gate have a kernel each."""
     if scale is None:
         normed, total = add_rms_norm(input, residual, norm_weight, EPS)
-        result = torch.nn.functional.linear(normed, weight)
-    else:
-        narrow, row_scale, total = add_rms_norm_float8(input, residual, norm_weight, EPS)
-        result = float8_product(narrow, row_scale, weight, scale, None, torch.bfloat16, unit)
-    return (silu_mul(result) if gated else result), total
+        result = cublas.linear(normed, weight)
+        return (silu_mul(result) if gated else result), total
+    narrow, row_scale, total = add_rms_norm_float8(input, residual, norm_weight, EPS)
+    if gated:
+        return scaled_silu_mul(cublas.unscaled(narrow, weight), row_scale, scale, None, torch.bfloat16), total
+    return cublas.float8(narrow, row_scale, weight, scale, None, torch.bfloat16), total
 
 
 def gate_inside(input, residual, norm_weight, gated, weight, scale):
@@ -163,9 +166,12 @@ def gate_inside(input, residual, norm_weight, gated, weight, scale):
 def linears(rows: int, depth: int, float8: bool) -> Ways:
     """The operator takes bfloat16; our kernel and cuBLAS alone take what the weight is of."""
     input, unit = randn(rows, depth), torch.ones((), device=DEVICE)
-    ways: Ways = {"operator": partial(linear_operator, input, unit)}
+    ways: Ways = {
+        "operator": partial(linear_operator, input, CUBLAS),
+        "cublas measured": partial(cublas_linear, input, CUBLAS),
+    }
     if not float8:
-        return ways | {"ours": partial(skinny, input), "cublas": partial(cublas_linear, input, unit)}
+        return ways | {"ours": partial(skinny, input), "cublas": partial(cublas_linear, input, Cublas())}
     narrow, row_scale = quantised(input)
     return ways | {
         "ours": partial(skinny_float8, narrow, row_scale),
@@ -176,28 +182,28 @@ def linears(rows: int, depth: int, float8: bool) -> Ways:
 
 def norm_linears(rows: int, depth: int, float8: bool, gated: bool) -> Ways:
     norm = randn(rows, depth), randn(rows, depth), randn(depth)
-    unit = torch.ones((), device=DEVICE)
     ways: Ways = {
-        "operator": partial(norm_linear_operator, *norm, unit, gated),
+        "operator": partial(norm_linear_operator, *norm, CUBLAS, gated),
         "ours": partial(gate_inside, *norm, gated),
-        "cublas": partial(cublas_norm_linear, *norm, unit, gated),
+        "cublas": partial(cublas_norm_linear, *norm, Cublas(), gated),
+        "cublas measured": partial(cublas_norm_linear, *norm, CUBLAS, gated),
     }
     if rows == 1 and not float8:
         ways["norm inside"] = partial(norm_inside, *norm, gated=gated)
     return ways
 
 
-def layer(rows: int, float8: bool, linear: Callable, norm_linear: Callable, count: int = 6) -> float:
+def layer(rows: int, float8: bool, linear: Callable, norm_linear: Callable, cublas: Cublas, count: int = 6) -> float:
     """Microseconds of a layer's products, norms and gate, each of what the one before wrote."""
     weights = [[new_weight(*PROJECTIONS[name], float8) for name in LAYER] for _ in range(count)]
     hidden_size = PROJECTIONS["qkv"][1]
-    source, norm_weight, unit = randn(rows, hidden_size), randn(hidden_size), torch.ones((), device=DEVICE)
+    source, norm_weight = randn(rows, hidden_size), randn(hidden_size)
 
     def run(qkv, o, gate_up, down):
-        heads, total = norm_linear(source, source, norm_weight, unit, False, *qkv)
-        hidden = linear(heads[:, : o[0].shape[1]], unit, *o)  # the queries, in place of attention's output
-        gated, total = norm_linear(hidden, total, norm_weight, unit, True, *gate_up)
-        linear(gated, unit, *down)
+        heads, total = norm_linear(source, source, norm_weight, cublas, False, *qkv)
+        hidden = linear(heads[:, : o[0].shape[1]], cublas, *o)  # the queries, in place of attention's output
+        gated, total = norm_linear(hidden, total, norm_weight, cublas, True, *gate_up)
+        linear(gated, cublas, *down)
 
     return round(seconds([partial(run, *each) for each in weights]) * 1e6, 2)
 
@@ -227,12 +233,14 @@ def compare(workers: int) -> dict:
                 fused = f"norm, {name}, gate" if NORMED[name] else f"norm, {name}"
                 cases[fused] = norm_linears(rows, depth, float8, NORMED[name])
             for case, ways in cases.items():
+                with CUBLAS.measuring():
+                    ways["operator"](*weights[0])
                 times = {way: microseconds(weights, call) for way, call in ways.items()}
                 results[f"{case}, {rows} rows, {dtype}"] = times | least
     for float8, rows in itertools.product((False, True), ROWS):
         results[f"layer, {rows} rows, {'float8' if float8 else 'bf16'}"] = {
-            "operator": layer(rows, float8, linear_operator, norm_linear_operator),
-            "cublas": layer(rows, float8, cublas_linear, cublas_norm_linear),
+            "operator": layer(rows, float8, linear_operator, norm_linear_operator, CUBLAS),
+            "cublas": layer(rows, float8, cublas_linear, cublas_norm_linear, Cublas()),
         }
     return results
 
@@ -307,6 +315,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the record in benchmarks/results/")
     options = parser.parse_args()
     torch.manual_seed(0)
+    CUBLAS.open(DEVICE)
     if options.tune:
         tuned = tune(options.tune, options.workers)
         table = {name: places(row) for name, row in tuned.items()}

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from enginery.kernels.triton import dependent_launch, fused_linear, greatest, paged_attention
+from enginery.kernels.triton.cublas import Cublas
 from enginery.kernels.triton.linear import H200_SHARED_MEMORY
 
 TYPES = {
@@ -132,18 +133,18 @@ def check_attention(steps: Sequence[tuple[int, int, int]]) -> None:
 
 def check_linears(numbers: Sequence[int]) -> None:
     """Of so many rows."""
-    unit = make(1, dtype=torch.float32)
+    cublas = Cublas()
     for rows, dtype in itertools.product(numbers, (torch.bfloat16, torch.float8_e4m3fn)):
         narrow = dtype.itemsize == 1
         for features, depth in ((6144, 4096), (4096, 4096), (4096, 14336)):
             scale = make(features, dtype=torch.float32) if narrow else None
-            fused_linear.linear(make(rows, depth), make(features, depth, dtype=dtype), None, scale, unit=unit)
+            fused_linear.linear(make(rows, depth), make(features, depth, dtype=dtype), None, scale, cublas=cublas)
         scale = make(1, dtype=torch.float32) if narrow else None
-        fused_linear.linear(make(rows, 4096), make(4096, 4096, dtype=dtype), make(4096), scale, unit=unit)
+        fused_linear.linear(make(rows, 4096), make(4096, 4096, dtype=dtype), make(4096), scale, cublas=cublas)
         for features, gated in ((6144, False), (28672, True)):
             scale = make(features, dtype=torch.float32) if narrow else None
             operands = (make(rows, 4096), make(rows, 4096), make(4096), 1e-5, make(features, 4096, dtype=dtype))
-            fused_linear.norm_linear(*operands, None, scale, gated, unit=unit)
+            fused_linear.norm_linear(*operands, None, scale, gated, cublas=cublas)
 
 
 def check_greatest(vocabularies: Sequence[int]) -> None:

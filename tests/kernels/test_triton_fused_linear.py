@@ -12,8 +12,9 @@ from .triton_device import DEVICE, check_replays, kernels_for_device
 
 with kernels_for_device():
     from enginery.kernels.triton import fused_linear as kernels
+    from enginery.kernels.triton.cublas import Cublas
 
-UNIT = torch.ones((), device=DEVICE)
+CUBLAS = Cublas()
 ROWS = [1, 3, 40, 65]
 """The last are more than any kernel of ours takes."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -62,7 +63,7 @@ def close_on_average(actual: torch.Tensor, expected: torch.Tensor, part: float =
 def test_linear(rows: int, features: int, depth: int, has_bias: bool, dtype: torch.dtype) -> None:
     input, weight = randn(rows, depth, dtype=dtype), randn(features, depth, dtype=dtype)
     bias = randn(features, dtype=dtype) if has_bias else None
-    found = kernels.linear(input, weight, bias, unit=UNIT)
+    found = kernels.linear(input, weight, bias, cublas=CUBLAS)
     assert found.dtype == dtype
     expected = torch.nn.functional.linear(input.double(), weight.double(), None if bias is None else bias.double())
     close(found, expected)
@@ -75,7 +76,7 @@ def test_linear(rows: int, features: int, depth: int, has_bias: bool, dtype: tor
 def test_linear_of_float8(rows: int, per_channel: bool, has_bias: bool, dtype: torch.dtype) -> None:
     input, bias = randn(rows, 64, dtype=dtype), randn(48, dtype=dtype) if has_bias else None
     weight, scale, wide = narrowed(randn(48, 64), per_channel=per_channel)
-    found = kernels.linear(input, weight, bias, scale, unit=UNIT)
+    found = kernels.linear(input, weight, bias, scale, cublas=CUBLAS)
     assert found.dtype == dtype
     expected = torch.nn.functional.linear(input.double(), wide, None if bias is None else bias.double())
     close_in_8_bits(found, expected, input.double(), wide)
@@ -91,8 +92,8 @@ def test_float8_where_the_matrix_units_do_not_take_it_rounds_no_input(
     features, depth = EVEN if dtype == torch.float32 else RAGGED
     input, residual, norm_weight = randn(rows, depth, dtype=dtype), randn(rows, depth, dtype=dtype), randn(depth)
     weight, scale, wide = narrowed(randn(features, depth), per_channel=True)
-    close(kernels.linear(input, weight, None, scale, unit=UNIT), input.double() @ wide.T)
-    found, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, None, scale, gated, unit=UNIT)
+    close(kernels.linear(input, weight, None, scale, cublas=CUBLAS), input.double() @ wide.T)
+    found, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, None, scale, gated, cublas=CUBLAS)
     expected = rms_norm(total.double(), norm_weight.double(), 1e-5) @ wide.T
     close(found, silu_gate(expected) if gated else expected)
 
@@ -104,7 +105,7 @@ def test_float8_where_the_matrix_units_do_not_take_it_rounds_no_input(
 def test_norm_linear(rows: int, features: int, depth: int, gated: bool, dtype: torch.dtype) -> None:
     input, residual = randn(rows, depth, dtype=dtype), randn(rows, depth, dtype=dtype)
     norm_weight, weight, bias = randn(depth), randn(features, depth, dtype=dtype) / 6, randn(features, dtype=dtype)
-    found, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, bias, None, gated, unit=UNIT)
+    found, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, bias, None, gated, cublas=CUBLAS)
     assert (found.dtype, total.dtype) == (dtype, dtype)
     assert torch.equal(total, input + residual)
     normed = rms_norm(total.double(), norm_weight.double(), 1e-5)
@@ -119,16 +120,16 @@ def test_norm_linear_of_float8(rows: int, per_channel: bool, dtype: torch.dtype)
     input, residual, norm_weight = randn(rows, 64, dtype=dtype), randn(rows, 64, dtype=dtype), randn(64)
     weight, scale, wide = narrowed(randn(96, 64) / 8, per_channel=per_channel)
     bias = randn(96, dtype=dtype)
-    plain, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, bias, scale, unit=UNIT)
-    gated, again = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, bias, scale, True, unit=UNIT)
+    plain, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, bias, scale, cublas=CUBLAS)
+    gated, again = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, bias, scale, True, cublas=CUBLAS)
     assert torch.equal(total, input + residual)
     assert torch.equal(total, again)
     normed = rms_norm(total.double(), norm_weight.double(), 1e-5)
     expected = torch.nn.functional.linear(normed, wide, bias.double())
     close_in_8_bits(plain, expected, normed, wide)
     close_on_average(gated, silu_gate(expected), 0.12)
-    # What is gated is the plain product, but for its rounding in between.
-    close(gated, silu_gate(plain.double()))
+    # What is gated is the plain product, but for its rounding to bfloat16 in between.
+    close(gated.bfloat16(), silu_gate(plain.double()))
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3), (5, 1, 9), (0,), (2, 0)], ids=str)
@@ -141,8 +142,8 @@ def test_any_leading_shape(shape: tuple[int, ...], is_float8: bool) -> None:
     wide = wide if is_float8 else weight.double()
     norm_weight = randn(32)
     normed = rms_norm((input + residual).double(), norm_weight.double(), 1e-5)
-    alone = kernels.linear(input, weight, None, scale, unit=UNIT)
-    both, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, None, scale, unit=UNIT)
+    alone = kernels.linear(input, weight, None, scale, cublas=CUBLAS)
+    both, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, None, scale, cublas=CUBLAS)
     assert torch.equal(total, input + residual)
     for found, source in ((alone, input.double()), (both, normed)):
         expected = source @ wide.T
@@ -163,9 +164,9 @@ def test_the_tiles_of_real_sizes(rows: int, features: int, depth: int, is_float8
     if is_float8:
         weight, scale, wide = narrowed(weight.float(), per_channel=True)
     normed = rms_norm((input + residual).double(), norm_weight.double(), 1e-5)
-    alone = kernels.linear(input, weight, None, scale, unit=UNIT)
-    both, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, None, scale, unit=UNIT)
-    gated, _ = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, None, scale, True, unit=UNIT)
+    alone = kernels.linear(input, weight, None, scale, cublas=CUBLAS)
+    both, total = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, None, scale, cublas=CUBLAS)
+    gated, _ = kernels.norm_linear(input, residual, norm_weight, 1e-5, weight, None, scale, True, cublas=CUBLAS)
     assert torch.equal(total, input + residual)
     part = 0.06 if is_float8 else 0.005
     for found, source in ((alone, input.double()), (both, normed)):
@@ -189,9 +190,11 @@ def test_a_chain_in_a_graph_reads_what_was_written_before(rows: int, is_float8: 
         hidden, total = source, source
         for index, (weight, scale) in enumerate(weights):
             if index % 2 == 0:
-                hidden = kernels.linear(hidden, weight, None, scale, unit=UNIT)
+                hidden = kernels.linear(hidden, weight, None, scale, cublas=CUBLAS)
             else:
-                hidden, total = kernels.norm_linear(hidden, total, norm_weight, 1e-5, weight, None, scale, unit=UNIT)
+                hidden, total = kernels.norm_linear(
+                    hidden, total, norm_weight, 1e-5, weight, None, scale, cublas=CUBLAS
+                )
             hidden = hidden * 2 if index == 2 else hidden  # another kernel in between
         return hidden
 

@@ -1,37 +1,43 @@
-"""Our kernels for the usual steps, compiled while the compilers of the regions run.
+"""Our kernels for the usual steps, compiled, and products measured, while the compilers of the regions run.
 
 A Triton kernel is compiled when it is first called, once for each set of dtypes, alignments and constants: dozens for
 the shapes that are captured, one after another. The process that will capture them has to wait for the regions anyway;
-meanwhile it runs them by their operators, on empty steps of these shapes.
+meanwhile it runs them by their operators, on empty steps of these shapes. The algorithms that matrix products have to
+choose from are measured in these steps, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
-from enginery.engine.buckets import Buckets
+from enginery.engine.buckets import MAX_TOKENS, Buckets
 from enginery.engine.graphs import empty_step, largest_step
-from enginery.engine.inputs import InputBuffer, gathered
+from enginery.engine.inputs import InputBuffer, StepShape, gathered
 from enginery.engine.memory import MemoryPlan
-from enginery.engine.protocol import NETWORK_INPUTS
+from enginery.engine.protocol import NETWORK_INPUTS, EngineLimits
 from enginery.engine.regions import Outline
+from enginery.kernels.table import TABLE
 from enginery.network import Tensor
 from enginery.network.dim import evaluate
+
+LARGE_BY = 1024
+"""Tokens between steps that are too large to be captured: others take the algorithms of the next larger one."""
 
 Values = Mapping[str, torch.Tensor]
 
 
 def warm(outline: Outline, plan: MemoryPlan) -> None:
-    """Runs the largest step and those that are captured when an engine opens, over zeros.
+    """Runs steps that are too large to be captured, and those that are captured when an engine opens, over zeros.
 
     Never fails: what does not run here fails where it matters, and is told there. Does nothing where the zeros need
     more memory than the KV cache, in whose place they are.
     """
-    with suppress(Exception):
+    with suppress(Exception), TABLE.measuring(plan.device):
         _run_usual_steps(outline, plan)
     torch.cuda.empty_cache()
 
@@ -40,7 +46,7 @@ def warm(outline: Outline, plan: MemoryPlan) -> None:
 def _run_usual_steps(outline: Outline, plan: MemoryPlan) -> None:
     device = torch.device(plan.device)
     buffer = InputBuffer(plan.limits, device)
-    shapes = (largest_step(plan.limits), *Buckets.of(plan.limits).at_open())
+    shapes = (*_large_steps(plan.limits), *Buckets.of(plan.limits).at_open())
     kinds = _fixed(outline)
     if sum(math.prod(shape) * dtype.itemsize for shape, dtype in set(kinds.values())) > plan.kv_cache:
         return
@@ -50,6 +56,14 @@ def _run_usual_steps(outline: Outline, plan: MemoryPlan) -> None:
         buffer.send(empty_step(), shape)
         with suppress(torch.OutOfMemoryError):  # a smaller one may fit
             step(gathered(buffer.views(shape)))
+
+
+def _large_steps(limits: EngineLimits) -> Iterator[StepShape]:
+    """The largest first."""
+    largest = largest_step(limits)
+    yield largest
+    for tokens in range(largest.tokens - LARGE_BY, MAX_TOKENS, -LARGE_BY):
+        yield replace(largest, tokens=tokens)
 
 
 def _fixed(outline: Outline) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -8,7 +8,8 @@ What is loaded is known by the dispatcher alone; there is no state here. Without
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -34,6 +35,8 @@ class Candidate:
     ops: frozenset[str]
     unavailable: Callable[[], str]
     load: Callable[[Report | None], None]
+    measuring: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Once it is loaded: a context within which it measures what it has to choose from, and keeps the choice."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,15 @@ class KernelTable:
             except BuildError as error:
                 failures |= dict.fromkeys(missing, str(error))
         return [self._row(op.name, device, failures.get(op.name, "")) for op in OPS]
+
+    @contextmanager
+    def measuring(self, device: str) -> Iterator[None]:
+        """Within, the loaded kernels of `device` measure what they can choose from when a call of a size is new."""
+        with ExitStack() as stack:
+            for candidate in self.candidates:
+                if candidate.device == device and any(_is_loaded(op, device) for op in candidate.ops):
+                    stack.enter_context(candidate.measuring())
+            yield
 
     def _row(self, op: str, device: str, failure: str = "") -> Row:
         candidate = next((each for each in self.candidates if each.device == device and op in each.ops), None)
@@ -133,6 +145,12 @@ def _load_triton(_: Report | None) -> None:
     register()
 
 
+def _measuring_cublas() -> AbstractContextManager[None]:
+    from enginery.kernels.triton.register import measuring
+
+    return measuring()
+
+
 TRITON = Candidate(
     name=lambda: "Triton",
     device="cuda",
@@ -141,6 +159,7 @@ TRITON = Candidate(
     ),
     unavailable=_missing_triton,
     load=_load_triton,
+    measuring=_measuring_cublas,
 )
 
 

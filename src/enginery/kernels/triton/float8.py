@@ -75,6 +75,19 @@ def apply_scales(
     tl.store(output + row * WIDTH + columns, values.to(output.dtype.element_ty), inside)
 
 
+def scaled(
+    product: torch.Tensor, row_scale: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """product `[M, N]`, in its place · row_scale `[M]` · scale `[N]` or `[1]` + bias `[N]`."""
+    rows, width = product.shape
+    apply_scales[(rows, triton.cdiv(width, BLOCK))](
+        product, row_scale, scale.contiguous(), product if bias is None else bias.contiguous(), product,
+        SCALES=min(scale.numel(), 2), HAS_BIAS=bias is not None, WIDTH=width, BLOCK=BLOCK,
+        **launch_options(product.device),
+    )  # fmt: skip
+    return product
+
+
 def by_rows(rows: int, features: int, processors: int) -> bool:
     """Whether cuBLAS is to apply the scales.
 
@@ -117,9 +130,4 @@ def float8_product(
         result = result if bias is None else result.add_(bias)
         return result.to(dtype)
     product = torch._scaled_mm(input, weight.t(), unit, unit, out_dtype=torch.bfloat16, use_fast_accum=True)
-    apply_scales[(rows, triton.cdiv(features, BLOCK))](
-        product, input_scale, scale.contiguous(), product if bias is None else bias.contiguous(), product,
-        SCALES=scale.numel(), HAS_BIAS=bias is not None, WIDTH=features, BLOCK=BLOCK,
-        **launch_options(input.device),
-    )  # fmt: skip
-    return product
+    return scaled(product, input_scale, scale, bias)

@@ -1,7 +1,8 @@
 """`enginery::linear` and `enginery::norm_linear` on NVIDIA GPUs: which kernels do them, by rows and weight dtype.
 
 Few rows (decoding) go to our kernels, which are bound by the bytes of the weight; more to cuBLAS, with the norm before
-and the gate behind as kernels of their own. One row of 16 bits takes its norm into the product.
+and the gate behind as kernels of their own. Between them, gated products of up to 128 rows have a kernel of
+theirs on Hopper GPUs. One row of 16 bits takes its norm into the product.
 """
 
 from __future__ import annotations
@@ -9,12 +10,20 @@ from __future__ import annotations
 import math
 
 import torch
+import triton
 
 from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
-from enginery.kernels.triton.float8 import float8_product, quantised
+from enginery.kernels.triton.cublas import Cublas
+from enginery.kernels.triton.float8 import quantised
 from enginery.kernels.triton.linear import skinny_linear, skinny_norm_linear
-from enginery.kernels.triton.silu_mul import silu_mul
+from enginery.kernels.triton.silu_mul import scaled_silu_mul, silu_mul
 from enginery.ops.precision import MULTIPLE
+
+# Gluon is experimental: what was tested with one version may not compile with the next, or be slow.
+if triton.__version__.startswith("3.6."):
+    from enginery.kernels.triton import hopper_gated
+else:
+    hopper_gated = None  # type: ignore[assignment]
 
 MOST_NORMED_ROWS = 1
 """Above this, a norm has a kernel of its own."""
@@ -33,16 +42,14 @@ def linear(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     *,
-    unit: torch.Tensor,
+    cublas: Cublas,
 ) -> torch.Tensor:
-    """The contract of `enginery::linear`; `unit`: see `float8_product`."""
+    """The contract of `enginery::linear`."""
     rows = _rows(input)
-    if scale is None:
-        result = _product(rows, weight, bias, gated=False)
-    elif _fits_float8(rows, weight):
-        result = _float8(*quantised(rows), weight, bias, scale, input.dtype, unit, gated=False)
+    if scale is not None and _fits_float8(rows, weight):
+        result = _float8(*quantised(rows), weight, bias, scale, input.dtype, cublas, gated=False)
     else:
-        result = _product(rows, _widened(weight, scale, input.dtype), bias, gated=False)
+        result = _product(rows, weight, bias, scale, cublas, gated=False)
     return result.view(*input.shape[:-1], result.shape[1])
 
 
@@ -56,7 +63,7 @@ def norm_linear(
     scale: torch.Tensor | None = None,
     gated: bool = False,
     *,
-    unit: torch.Tensor,
+    cublas: Cublas,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract of `enginery::norm_linear`."""
     rows = _rows(input)
@@ -65,11 +72,10 @@ def norm_linear(
         result, total = skinny_norm_linear(rows, others, norm_weight, eps, weight, bias, gated=gated)
     elif scale is not None and _fits_float8(rows, weight):
         normed, scales, total = add_rms_norm_float8(rows, others, norm_weight, eps)
-        result = _float8(normed, scales, weight, bias, scale, input.dtype, unit, gated=gated)
+        result = _float8(normed, scales, weight, bias, scale, input.dtype, cublas, gated=gated)
     else:
         normed, total = add_rms_norm(rows, others, norm_weight, eps)
-        weight = weight if scale is None else _widened(weight, scale, input.dtype)
-        result = _product(normed, weight, bias, gated=gated)
+        result = _product(normed, weight, bias, scale, cublas, gated=gated)
     return result.view(*input.shape[:-1], result.shape[1]), total.view(input.shape)
 
 
@@ -83,10 +89,27 @@ def _is_skinny(rows: torch.Tensor, weight: torch.Tensor, most: int) -> bool:
     return fits and 0 < rows.shape[0] <= most
 
 
-def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
+def _is_for_hopper(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Of a gated product."""
+    return hopper_gated is not None and hopper_gated.takes(rows, weight)
+
+
+def _product(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    cublas: Cublas,
+    *,
+    gated: bool,
+) -> torch.Tensor:
+    if scale is not None:
+        weight = _widened(weight, scale, rows.dtype)
+    elif gated and _is_for_hopper(rows, weight):  # not what was just written: it does not wait for weights
+        return hopper_gated.gated_linear(rows, weight, bias)
     if _is_skinny(rows, weight, most_rows(weight)):
         return skinny_linear(rows, weight, bias, gated=gated)
-    result = torch.nn.functional.linear(rows, weight, bias)
+    result = cublas.linear(rows, weight, bias)
     return silu_mul(result) if gated else result
 
 
@@ -97,14 +120,17 @@ def _float8(
     bias: torch.Tensor | None,
     scale: torch.Tensor,
     dtype: torch.dtype,
-    unit: torch.Tensor,
+    cublas: Cublas,
     *,
     gated: bool,
 ) -> torch.Tensor:
+    if gated and dtype == torch.bfloat16 and _is_for_hopper(rows, weight):
+        return hopper_gated.gated_linear(rows, weight, bias, scale, input_scale=row_scale)
     if rows.shape[0] <= most_rows(weight):
         return skinny_linear(rows, weight, bias, scale, input_scale=row_scale, dtype=dtype, gated=gated)
-    result = float8_product(rows, row_scale, weight, scale, bias, dtype, unit)
-    return silu_mul(result) if gated else result
+    if gated:
+        return scaled_silu_mul(cublas.unscaled(rows, weight), row_scale, scale, bias, dtype)
+    return cublas.float8(rows, row_scale, weight, scale, bias, dtype)
 
 
 def _fits_float8(rows: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 
 from enginery.kernels.triton.add_rms_norm import add_rms_norm
+from enginery.kernels.triton.cublas import Cublas
 from enginery.kernels.triton.fused_linear import linear, norm_linear
 from enginery.kernels.triton.greatest import greatest
 from enginery.kernels.triton.paged_attention import new_arrivals, paged_attention
@@ -14,16 +16,18 @@ from enginery.kernels.triton.rotary import rotary_paged_attention
 from enginery.kernels.triton.silu_mul import silu_mul
 from enginery.ops import NAMESPACE
 
-# The registrations live as long as this object.
+# The registrations live as long as these objects.
 _LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
+_CUBLAS = Cublas()
 
 
 def register() -> None:
     """To be called once in a process, not while a CUDA graph is captured."""
-    arrivals = new_arrivals(torch.device("cuda"))
-    unit = torch.ones((), device="cuda")
-    _LIBRARY.impl("linear", partial(linear, unit=unit), "CUDA")
-    _LIBRARY.impl("norm_linear", partial(norm_linear, unit=unit), "CUDA")
+    device = torch.device("cuda", torch.cuda.current_device())
+    arrivals = new_arrivals(device)
+    _CUBLAS.open(device)
+    _LIBRARY.impl("linear", partial(linear, cublas=_CUBLAS), "CUDA")
+    _LIBRARY.impl("norm_linear", partial(norm_linear, cublas=_CUBLAS), "CUDA")
     _LIBRARY.impl("paged_attention", partial(paged_attention, arrivals=arrivals), "CUDA")
     _LIBRARY.impl("rotary_paged_attention", partial(rotary_paged_attention, arrivals=arrivals), "CUDA")
     _LIBRARY.impl("greatest", partial(greatest, arrivals=arrivals), "CUDA")
@@ -31,3 +35,8 @@ def register() -> None:
     _LIBRARY.impl("silu_mul", silu_mul, "CUDA")
     # No region has it, so no step compiles it before the first that is sampled, for which a request waits.
     greatest(torch.zeros(1, 16, device="cuda"), arrivals=arrivals)
+
+
+def measuring() -> AbstractContextManager[None]:
+    """Within, products of cuBLAS are measured when they are first met."""
+    return _CUBLAS.measuring()

@@ -1,0 +1,103 @@
+"""The algorithms of cuBLAS that were measured to be the fastest, by product; kept in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from bisect import bisect_left
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from enginery.kernels.triton.cublas_lt import Algorithm
+
+
+@dataclass(frozen=True)
+class Family:
+    """Products that differ in their rows only."""
+
+    features: int
+    depth: int
+    dtype: torch.dtype
+    scaled: bool = False
+    """Of float8: with the scales of rows and features, which cuBLAS applies or a pass over the result."""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, *, scaled: bool = False) -> Family:
+        return cls(weight.shape[0], weight.shape[1], weight.dtype, scaled)
+
+
+@dataclass(frozen=True)
+class Choice:
+    algorithm: Algorithm
+    by_rows: bool = False
+    """cuBLAS applies the scales."""
+
+
+class Choices:
+    """The fastest found, by family and rows; in a file, if there is a path."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._known: dict[Family, dict[int, Choice]] = {}
+        for family, rows, choice in () if path is None else _read(path):
+            self.keep(family, rows, choice)
+
+    def keep(self, family: Family, rows: int, choice: Choice) -> None:
+        self._known.setdefault(family, {})[rows] = choice
+
+    def known(self, family: Family, rows: int) -> bool:
+        return rows in self._known.get(family, {})
+
+    def nearest(self, family: Family, rows: int) -> Choice | None:
+        """That of the least number of rows that is not below `rows`."""
+        known = self._known.get(family, {})
+        ordered = sorted(known)
+        place = bisect_left(ordered, rows)
+        return known[ordered[place]] if place < len(ordered) else None
+
+    def write(self) -> None:
+        """Atomically; a directory that cannot be written keeps nothing."""
+        if self._path is None:
+            return
+        entries = [
+            _entry(family, rows, choice) for family, known in self._known.items() for rows, choice in known.items()
+        ]
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self._path.parent)
+            with os.fdopen(handle, "w") as file:
+                json.dump(entries, file, indent=1)
+            os.replace(name, self._path)
+
+
+def _entry(family: Family, rows: int, choice: Choice) -> dict[str, Any]:
+    return {
+        "features": family.features,
+        "depth": family.depth,
+        "dtype": str(family.dtype).removeprefix("torch."),
+        "scaled": family.scaled,
+        "rows": rows,
+        "algorithm": choice.algorithm.code.hex(),
+        "workspace": choice.algorithm.workspace,
+        "by_rows": choice.by_rows,
+    }
+
+
+def _read(path: Path) -> list[tuple[Family, int, Choice]]:
+    """Nothing if there is no such file, or it is none of ours."""
+    try:
+        return [
+            (
+                Family(int(each["features"]), int(each["depth"]), getattr(torch, each["dtype"]), bool(each["scaled"])),
+                int(each["rows"]),
+                Choice(Algorithm(bytes.fromhex(each["algorithm"]), int(each["workspace"])), bool(each["by_rows"])),
+            )
+            for each in json.loads(path.read_text())
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []

@@ -1,0 +1,194 @@
+"""Products of cuBLAS by measured algorithms: the choice and its file anywhere, the products on a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from .triton_device import check_replays, kernels_for_device
+
+with kernels_for_device():
+    from enginery.kernels.triton import cublas
+    from enginery.kernels.triton.cublas_choices import Choice, Choices, Family
+    from enginery.kernels.triton.cublas_lt import Algorithm, CublasLt, Shape
+
+SQUARE = Family(64, 64, torch.bfloat16)
+NARROW = Family(64, 64, torch.float8_e4m3fn, scaled=True)
+
+
+def choice(number: int, *, by_rows: bool = False) -> Choice:
+    return Choice(Algorithm(bytes([number]) * 64, number), by_rows)
+
+
+def test_rows_take_the_choice_of_the_next_larger_number() -> None:
+    choices = Choices()
+    choices.keep(SQUARE, 128, choice(1))
+    choices.keep(SQUARE, 512, choice(2))
+    assert [choices.nearest(SQUARE, rows) for rows in (1, 128, 129, 512)] == [choice(1)] * 2 + [choice(2)] * 2
+    assert choices.nearest(SQUARE, 513) is None
+    assert choices.nearest(NARROW, 1) is None
+    assert choices.known(SQUARE, 128)
+    assert not choices.known(SQUARE, 129)
+
+
+def test_choices_come_back_from_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "devices" / "gpu.json"
+    choices = Choices(path)
+    choices.keep(SQUARE, 128, choice(1))
+    choices.keep(NARROW, 96, choice(3, by_rows=True))
+    choices.write()
+    again = Choices(path)
+    assert (again.nearest(SQUARE, 100), again.nearest(NARROW, 1)) == (choice(1), choice(3, by_rows=True))
+    assert [each.name for each in path.parent.iterdir()] == ["gpu.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1]", '[{"features": 1}]', '[{"dtype": "no"}]', "\x00"])
+def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(text)
+    choices = Choices(path)
+    assert choices.nearest(SQUARE, 1) is None
+    choices.keep(SQUARE, 1, choice(1))
+    choices.write()
+    assert len(json.loads(path.read_text())) == 1
+
+
+def test_where_nothing_can_be_written_choices_last_as_long_as_the_process(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    choices = Choices(tmp_path / "file" / "gpu.json")
+    choices.keep(SQUARE, 1, choice(1))
+    choices.write()
+    assert choices.nearest(SQUARE, 1) == choice(1)
+
+
+class Library:
+    """Proposes two algorithms, the second of which does not take more than 100 rows."""
+
+    def __init__(self) -> None:
+        self.multiplied: list[tuple[Shape, Algorithm]] = []
+
+    def algorithms(self, shape: Shape, most_workspace: int) -> list[Algorithm]:
+        return [choice(1).algorithm, choice(2).algorithm][: 2 if most_workspace else 1]
+
+    def accepts(self, shape: Shape, algorithm: Algorithm) -> bool:
+        return algorithm != choice(2).algorithm or shape.rows <= 100
+
+    def multiply(self, shape, algorithm, input, weight, scales) -> torch.Tensor:
+        self.multiplied.append((shape, algorithm))
+        return torch.nn.functional.linear(input.float(), weight.float()).to(shape.result)
+
+
+def test_a_product_is_measured_once_and_only_while_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[Family, int, list[Choice]]] = []
+
+    def fastest(choices, run, weights) -> Choice:
+        run(choices[0], weights[0])
+        measured.append((len(choices), library.multiplied[-1][0].rows))
+        return choices[-1]
+
+    library = Library()
+    monkeypatch.setattr(cublas, "fastest", fastest)
+    monkeypatch.setattr(
+        cublas, "operands", lambda family, rows, device: (torch.ones(rows, 64).bfloat16(), [torch.ones(64, 64)])
+    )
+    ours = cublas.Cublas(library, Choices())
+    weight = torch.randn(64, 64).bfloat16()
+    ours.linear(torch.randn(7, 64).bfloat16(), weight)
+    assert not library.multiplied
+    with ours.measuring():
+        for _ in range(2):
+            for rows in (100, 200):
+                ours.linear(torch.randn(rows, 64).bfloat16(), weight)
+    assert measured == [(2, 100), (2, 200)]
+    before = len(library.multiplied)
+    input = torch.randn(7, 64).bfloat16()
+    found = ours.linear(input, weight)
+    assert torch.equal(found, torch.nn.functional.linear(input.float(), weight.float()).bfloat16())
+    assert library.multiplied[before:] == [(Shape(7, 64, 64, torch.bfloat16), choice(2).algorithm)]
+    # The choice for 200 rows is one that the library does not accept: torch does these.
+    ours.linear(torch.randn(150, 64).bfloat16(), weight)
+    ours.linear(input, weight, torch.zeros(64).bfloat16())
+    assert len(library.multiplied) == before + 1
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    values = torch.randn(*shape, device="cuda")
+    return (values * 100).clamp(-448, 448).to(dtype) if dtype.itemsize == 1 else values.to(dtype)
+
+
+def close(found: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, *scales: torch.Tensor) -> None:
+    left, right = input.double(), weight.double()
+    for scale in scales[:1]:
+        left = left * scale.double().view(-1, 1)
+    for scale in scales[1:]:
+        right = right * scale.double().view(-1, 1)
+    expected = left @ right.T
+    # A result in bfloat16; a matrix unit may sum 8-bit products with 14 bits.
+    bound = expected.abs() * 2**-7 + (left.abs() @ right.abs().T) * (2**-9 if weight.element_size() == 1 else 2**-20)
+    assert ((found.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(65, 512, 1024), (200, 4096, 14336), (1000, 96, 4096)], ids=str)
+def test_every_algorithm_multiplies(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, features, depth = shape
+    lt, input, weight = CublasLt(), randn(rows, depth, dtype=dtype), randn(features, depth, dtype=dtype)
+    ones = [torch.ones(1, device="cuda")] * 2
+    by_rows = [torch.rand(size, device="cuda") for size in (rows, features)]
+    for scales in (ones, by_rows) if dtype.itemsize == 1 else (ones,):
+        product = Shape(rows, features, depth, dtype, scales is by_rows)
+        algorithms = lt.algorithms(product, 32 << 20)
+        assert algorithms or scales is by_rows
+        for algorithm in algorithms:
+            close(lt.multiply(product, algorithm, input, weight, scales), input, weight, *scales)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rows", [65, 128, 700])
+def test_measured_products(rows: int, has_bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINERY_CACHE", str(tmp_path))
+    device = torch.device("cuda", torch.cuda.current_device())
+    first, second = cublas.Cublas(), cublas.Cublas()
+    first.open(device)
+    weight, narrow = randn(512, 1024, dtype=torch.bfloat16), randn(512, 1024, dtype=torch.float8_e4m3fn)
+    bias = torch.randn(512, device="cuda").bfloat16() if has_bias else None
+    offset = 0 if bias is None else bias.double()
+
+    def check(ours: cublas.Cublas, rows: int) -> None:
+        wide = randn(rows, 2048, dtype=torch.bfloat16)[:, 1024:]
+        close(ours.linear(wide, weight, bias).double() - offset, wide, weight) if bias is None else None
+        input, scales = randn(rows, 1024, dtype=torch.float8_e4m3fn), (torch.rand(rows), torch.rand(512))
+        row_scale, scale = (each.to(device) for each in scales)
+        close(ours.unscaled(input, narrow), input, narrow)
+        found = ours.float8(input, row_scale, narrow, scale, bias, torch.bfloat16)
+        if bias is None:
+            close(found, input, narrow, row_scale, scale)
+        else:
+            plain = ours.float8(input, row_scale, narrow, scale, None, torch.bfloat16)
+            torch.testing.assert_close(found.double(), plain.double() + offset, rtol=2**-6, atol=0.1)
+
+    with first.measuring():
+        check(first, rows)
+    check(first, rows - 3)
+    second.open(device)
+    assert second._choices.known(Family.of(weight), rows) == (not has_bias)
+    assert second._choices.known(Family.of(narrow, scaled=True), rows)
+    check(second, rows)
+
+
+@pytest.mark.gpu
+def test_a_graph_can_hold_a_measured_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINERY_CACHE", str(tmp_path))
+    ours, source = cublas.Cublas(), torch.zeros(200, 14336, device="cuda", dtype=torch.bfloat16)
+    ours.open(torch.device("cuda", torch.cuda.current_device()))
+    weight = randn(4096, 14336, dtype=torch.bfloat16)
+    with ours.measuring():
+        ours.linear(source, weight)
+    check_replays(
+        lambda: ours.linear(source, weight), lambda: source.copy_(randn(200, 14336, dtype=torch.bfloat16)), times=5
+    )
