@@ -45,7 +45,7 @@ def compile_call(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
     """Stands for a launch: compiles what would run."""
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names if name in kwargs}
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
@@ -60,7 +60,8 @@ def compile_call(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
         elif isinstance(value, TensorDescriptor):
             signature[parameter.name] = f"tensordesc<bf16{list(value.block_shape)}>"
         elif isinstance(value, HopperDescriptor):
-            signature[parameter.name] = f"tensordesc<bf16{list(value.block_shape)},{value.layout!r}>"
+            dtype = TYPES[value.base.dtype].lstrip("*")
+            signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)},{value.layout!r}>"
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         whole = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
@@ -75,7 +76,9 @@ def compile_call(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
         code = triton.compile(source, target=HOPPER, options=options)
     assert code.metadata.shared <= H200_SHARED_MEMORY, (kernel.__name__, constants, code.metadata.shared)
     if gluon:
-        check_overlap(log.getvalue(), disassemble(code.asm["cubin"]))
+        assert "registers" in log.getvalue()
+        assert "serialized" not in log.getvalue(), log.getvalue()
+        CHECKS[kernel.__name__](code.metadata, disassemble(code.asm["cubin"]), log.getvalue())
     compiled[key] = code
 
 
@@ -86,19 +89,37 @@ def disassemble(binary: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def check_overlap(log: str, code: str) -> None:
+def check_overlap(_metadata: Any, code: str, _log: str) -> None:
     """ptxas left the products asynchronous, and the softmax where it is written: in each step, while P·V runs.
 
     Two warpgroups have a loop over masked steps and one over clear ones each. A step starts both products, waits for
     the first (all but 1 are done), takes 64 exponentials a thread for the weights, and waits for the second.
     """
     assert "HGMMA" in code
-    assert "registers" in log
-    assert "serialized" not in log, log
     steps = re.findall(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", code, re.DOTALL)
     exponentials = [step.count("MUFU.EX2") for step in steps]
     assert len(steps) == 4, exponentials
     assert min(exponentials) >= 64, exponentials
+
+
+EVENTS = {"UTMALDG": "c", "ACQBULK": "w", "PREEXIT": "n", "GMMA": "p", "STG": "s"}
+"""copies, waits for the kernel ahead, lets the next one in, products, stores"""
+
+
+def check_stream(metadata: Any, code: str, log: str) -> None:
+    """Two programs share a multiprocessor, their sums in registers. One warp copies weights before it waits, and lets
+    the next kernel in behind its last copies. The others wait before they store, and start a product before they wait
+    for the one before."""
+    assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}, log
+    [registers] = map(int, re.findall(r"Used (\d+) registers", log))
+    assert 2 * metadata.num_warps * 32 * registers <= 65536, registers
+    assert 2 * (metadata.shared + 1024) <= 228 << 10, metadata.shared
+    events = "".join(EVENTS[event] for event in re.findall("|".join(EVENTS), code))
+    assert re.fullmatch(r"(cc){2,}wc{2,}(ccc)?nwp+s+", events), events
+    assert "DEPBAR.LE gsb0, 0x1" in code
+
+
+CHECKS = {"attend_prompts": check_overlap, "linear_gated": check_stream}
 
 
 def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -147,6 +168,17 @@ def check_linears(numbers: Sequence[int]) -> None:
             fused_linear.norm_linear(*operands, None, scale, gated, cublas=cublas)
 
 
+def check_gated(numbers: Sequence[int]) -> None:
+    """Of so many rows, with a bias, an odd number of features, and one scale."""
+    for rows, dtype in itertools.product(numbers, (torch.bfloat16, torch.float8_e4m3fn)):
+        scales = {}
+        if dtype.itemsize == 1:
+            scales = {"scale": make(1, dtype=torch.float32), "input_scale": make(rows, dtype=torch.float32)}
+        fused_linear.hopper_gated.gated_linear(
+            make(rows, 4096, dtype=dtype), make(2 * 8455, 4096, dtype=dtype), make(2 * 8455), **scales
+        )
+
+
 def check_greatest(vocabularies: Sequence[int]) -> None:
     for size, dtype in itertools.product(vocabularies, (torch.float32, torch.bfloat16)):
         greatest.greatest(make(64, size, dtype=dtype))
@@ -154,17 +186,18 @@ def check_greatest(vocabularies: Sequence[int]) -> None:
 
 def main(few: bool) -> None:
     JITFunction.run = compile_call  # type: ignore[method-assign]
-    dependent_launch.overlaps = lambda device: True
+    dependent_launch.overlaps = fused_linear.hopper_gated.is_hopper = lambda device: True
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
     torch._scaled_mm = lambda a, b, *_, **__: make(a.shape[0], b.shape[1])  # type: ignore[assignment]
     check_greatest((50257, 128256))
     if few:
         check_attention(((1, 1, 32), (300, 200, 512), (512, 1, 32)))
-        check_linears((1, 256))
+        check_linears((1, 128, 256))
     else:
         decoding = ((1, 1, 32), (1, 1, 2048), (8, 8, 32), (32, 32, 128), (48, 48, 512), (256, 256, 512))
         check_attention((*decoding, (300, 256, 512), (512, 32, 128), (8192, 1, 512)))
-        check_linears((1, 3, 16, 32, 64, 256))
+        check_linears((1, 3, 16, 32, 64, 128, 256))
+        check_gated((64, 128))
     print(*sorted({kernel.__name__ for kernel, *_ in compiled}))
 
 
