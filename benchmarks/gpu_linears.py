@@ -8,7 +8,9 @@ The shapes are those of Llama-3.1-8B (hidden 4096, intermediate 14336, vocabular
 holds calls on several weights, so that none is left in the L2 cache.
 
     operator     as a model calls it: enginery::linear or norm_linear, inputs in bfloat16
-    ours         our kernel; it takes inputs of the weight's dtype, or a norm before it, and includes the gate
+    ours         our kernel for up to 64 rows; it takes inputs of the weight's dtype, or a norm before it, and includes
+                 the gate
+    streamed     our kernel for gated layers on Hopper, behind a norm (`hopper_gated.py`)
     cublas       its product; norm and gate have kernels of their own. In 8 bits, with all scales and with none
     norm inside  our kernel with norm and gate in one
     least        what reading the weight takes by the rate of a reduction
@@ -56,7 +58,9 @@ PROJECTIONS = {
 LAYER = ("qkv", "o", "gate_up", "down")
 NORMED = {"qkv": False, "gate_up": True}
 """those with a norm before them; whether a gate is behind"""
-ROWS = (1, 8, 16, 32, 64)
+ROWS = (1, 8, 16, 32, 64, 96, 128)
+MOST_SKINNY_ROWS = 64
+"""for which our kernels in Triton are made"""
 EPS = 1e-5
 
 Ways = dict[str, Callable[[torch.Tensor, torch.Tensor | None], object]]
@@ -163,6 +167,21 @@ def gate_inside(input, residual, norm_weight, gated, weight, scale):
     return skinny_float8(narrow, row_scale, weight, scale, gated=gated)
 
 
+def gate_streamed(input, residual, norm_weight, weight, scale):
+    if scale is None:
+        return fused_linear.hopper_gated.gated_linear(add_rms_norm(input, residual, norm_weight, EPS)[0], weight)
+    narrow, row_scale, _ = add_rms_norm_float8(input, residual, norm_weight, EPS)
+    return fused_linear.hopper_gated.gated_linear(narrow, weight, scale=scale, input_scale=row_scale)
+
+
+def streams(rows: int, row_bytes: int) -> bool:
+    """Whether there is the kernel of `gate_streamed` for so many rows."""
+    hopper_gated = fused_linear.hopper_gated
+    if hopper_gated is None or not hopper_gated.is_hopper(DEVICE):
+        return False
+    return rows <= hopper_gated.MOST_ROWS and row_bytes % hopper_gated.LINE == 0
+
+
 def linears(rows: int, depth: int, float8: bool) -> Ways:
     """The operator takes bfloat16; our kernel and cuBLAS alone take what the weight is of."""
     input, unit = randn(rows, depth), torch.ones((), device=DEVICE)
@@ -171,23 +190,27 @@ def linears(rows: int, depth: int, float8: bool) -> Ways:
         "cublas measured": partial(cublas_linear, input, CUBLAS),
     }
     if not float8:
-        return ways | {"ours": partial(skinny, input), "cublas": partial(cublas_linear, input, Cublas())}
-    narrow, row_scale = quantised(input)
-    return ways | {
-        "ours": partial(skinny_float8, narrow, row_scale),
-        "cublas": partial(scaled_mm, narrow, row_scale, unit),
-        "cublas unscaled": partial(scaled_mm, narrow, None, unit),
-    }
+        ours = partial(skinny, input)
+        ways["cublas"] = partial(cublas_linear, input, Cublas())
+    else:
+        narrow, row_scale = quantised(input)
+        ours = partial(skinny_float8, narrow, row_scale)
+        ways["cublas"] = partial(scaled_mm, narrow, row_scale, unit)
+        ways["cublas unscaled"] = partial(scaled_mm, narrow, None, unit)
+    return ways | {"ours": ours} if rows <= MOST_SKINNY_ROWS else ways
 
 
 def norm_linears(rows: int, depth: int, float8: bool, gated: bool) -> Ways:
     norm = randn(rows, depth), randn(rows, depth), randn(depth)
     ways: Ways = {
         "operator": partial(norm_linear_operator, *norm, CUBLAS, gated),
-        "ours": partial(gate_inside, *norm, gated),
         "cublas": partial(cublas_norm_linear, *norm, Cublas(), gated),
         "cublas measured": partial(cublas_norm_linear, *norm, CUBLAS, gated),
     }
+    if rows <= MOST_SKINNY_ROWS:
+        ways["ours"] = partial(gate_inside, *norm, gated)
+    if gated and streams(rows, depth * (1 if float8 else 2)):
+        ways["streamed"] = partial(gate_streamed, *norm)
     if rows == 1 and not float8:
         ways["norm inside"] = partial(norm_inside, *norm, gated=gated)
     return ways
@@ -211,7 +234,8 @@ def layer(rows: int, float8: bool, linear: Callable, norm_linear: Callable, cubl
 def chosen() -> Iterator[Case]:
     """What `compare` runs of our kernels."""
     memory = shared_memory_of(DEVICE)
-    for (name, (features, depth)), rows, float8 in itertools.product(PROJECTIONS.items(), ROWS, (False, True)):
+    numbers = [rows for rows in ROWS if rows <= MOST_SKINNY_ROWS]
+    for (name, (features, depth)), rows, float8 in itertools.product(PROJECTIONS.items(), numbers, (False, True)):
         case = Case.of(choose_tiles(rows, features, 1 if float8 else 2, memory), rows, depth, float8=float8)
         yield case
         if name in NORMED:
@@ -234,7 +258,7 @@ def compare(workers: int) -> dict:
                 cases[fused] = norm_linears(rows, depth, float8, NORMED[name])
             for case, ways in cases.items():
                 with CUBLAS.measuring():
-                    ways["operator"](*weights[0])
+                    ways["cublas measured"](*weights[0])
                 times = {way: microseconds(weights, call) for way, call in ways.items()}
                 results[f"{case}, {rows} rows, {dtype}"] = times | least
     for float8, rows in itertools.product((False, True), ROWS):
