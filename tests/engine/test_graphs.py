@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from contextlib import nullcontext
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from tests.engine.decoder import Batcher, Decoder, Imported, imported, random_to
 from enginery.engine.builder import build
 from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
-from enginery.engine.graphs import LaunchedStep
+from enginery.engine.graphs import GraphedStep, LaunchedStep, empty_step
 from enginery.engine.inputs import InputBuffer, StepShape, gathered
 from enginery.engine.protocol import EngineLimits, StepInputs
+from enginery.errors import StepError
 
 LIMITS = EngineLimits(1000, 4096, 2048, 256, 500)
 
@@ -93,6 +96,40 @@ def padded(in_cache: None, model: Decoder, network_of_model: Imported) -> tuple[
     engine = build(Imported(network_of_model.network.copy(), network_of_model.facts), reader(model), EAGER)
     buffer = InputBuffer(engine.limits, torch.device("cpu"))
     return engine, LaunchedStep(engine._step(), buffer), buffer
+
+
+class Unfinished:
+    """A graph whose capture a forbidden call has ended: torch cannot end it in its turn."""
+
+    begun = 0
+
+    def capture_begin(self, **_: object) -> None:
+        Unfinished.begun += 1
+
+    def capture_end(self) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_after_a_capture_that_cannot_be_ended_steps_are_launched(
+    padded: tuple[Engine, LaunchedStep, InputBuffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, launched, buffer = padded
+
+    class Forbidden:
+        def run(self, shape: StepShape) -> torch.Tensor:
+            raise StepError("region layer failed: operation not permitted when stream is capturing")
+
+        def __call__(self, inputs: StepInputs) -> torch.Tensor:
+            return launched(inputs)
+
+    for name in ("graph_pool_handle", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Unfinished)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    graphed = GraphedStep(Forbidden(), launched, buffer, engine.limits)  # type: ignore[arg-type]
+    assert len(list(graphed.capture(list(graphed.buckets.at_open())))) > 1
+    assert (len(graphed), Unfinished.begun) == (0, 1)
+    assert torch.isfinite(graphed(empty_step())).all()
 
 
 # ---- on a GPU

@@ -9,7 +9,6 @@ All graphs take their memory from one pool: only one runs at a time, so together
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +60,7 @@ class GraphedStep:
         self._rehearsed = rehearsed
         self._buffer = buffer
         self._captured: dict[StepShape, Captured | None] = {}
+        self._can_capture = True
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
@@ -96,7 +96,7 @@ class GraphedStep:
     def _try_capture(self, shape: StepShape) -> Captured | None:
         """None where memory is too small: such steps are launched."""
         try:
-            return self._capture(shape)
+            return self._capture(shape) if self._can_capture else None
         except (torch.OutOfMemoryError, StepError):
             return None
 
@@ -110,8 +110,10 @@ class GraphedStep:
             try:
                 logits = self._launched.run(shape)
             except BaseException:
-                with suppress(RuntimeError):  # an unfinished capture is no use; what stopped it is told
+                try:
                     graph.capture_end()
+                except RuntimeError:  # what stopped it is told; torch takes it to go on, so that no other can begin
+                    self._can_capture = False
                 raise
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
