@@ -27,7 +27,7 @@ GROUPS = (
 SLOW_GROUPS = frozenset({"steps", "profile", "bare"})
 """run only on request"""
 DTYPES = ("bf16", "fp8")
-MEASURED_BY_WORKER = ("build", "ceilings", "decode", "context", "prefill", "host", "mixed", "steps", "profile")
+MEASURED_BY_WORKER = ("build", "ceilings", "decode", "prefill", "context", "host", "mixed", "steps", "profile")
 """The groups that share one open engine, in their order."""
 
 ARRIVALS = "mixed, as they came"

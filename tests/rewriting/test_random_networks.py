@@ -19,7 +19,7 @@ from rewriting.decoders import decoders, decoders_with_more_outputs
 BLOCK = 4
 """tokens of one KV block: small, so that sequences have several"""
 TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-4}
-"""as a share of the largest element; logits are float32 after the phases, whatever they were before"""
+"""as a share of the largest element; logits are compared in float32, whatever they are"""
 GROWTH = 4.0
 """how far the error of bfloat16 may grow: rewriting rounds elsewhere, as often"""
 OPTIONAL = tuple(rule for phase in PHASES for rule in phase.optional)
@@ -129,7 +129,7 @@ class Paged:
             "logits_indices": torch.cat([order, order[-1:].expand(3)]),  # as in a padded step
         }
         (logits,) = self.network.run([inputs[tensor.name] for tensor in self.network.inputs], self.constants)
-        assert logits.dtype == torch.float32
+        logits = logits.float()
         parts = dict(zip(chosen, logits[: len(order)][order.argsort()].split(counts), strict=True))
         return [parts.get(i, logits[:0]) for i in range(len(spans))]
 

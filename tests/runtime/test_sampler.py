@@ -126,6 +126,18 @@ def test_a_device_draws_the_tokens_that_the_host_draws(setting: dict) -> None:
     assert on_host.token_ids == on_device.token_ids
 
 
+@pytest.mark.parametrize("setting", [{"temperature": 0.0}, *SETTINGS], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_16_bits_are_as_good_as_wide_ones(sampler: Sampler, setting: dict, dtype: torch.dtype) -> None:
+    logits = (torch.randn(6, 1500) * 3).to(dtype)
+    batch = inputs(6, noise=np.random.default_rng().random(6), num_logprobs=np.arange(6) % 2 - 1, **setting)
+    found, expected = (sampler.sample(each, batch).wait() for each in (logits, logits.float()))
+    assert found.token_ids == expected.token_ids
+    assert found.logprobs is not None
+    assert expected.logprobs is not None
+    np.testing.assert_array_equal(found.logprobs.chosen, expected.logprobs.chosen)
+
+
 def test_top_k_top_p_min_p_agree_with_transformers() -> None:
     logits = torch.randn(6, 3000) * 2
     for temperature, top_k, top_p in [(0.7, 20, 0.9), (1.2, 100, 0.6), (1.0, 3000, 0.95)]:

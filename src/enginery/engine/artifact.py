@@ -181,8 +181,8 @@ def _require_borders(network: Network) -> None:
     unknown = next((tensor for tensor in network.inputs if tensor.name not in known), None)
     if unknown is not None:
         raise NetworkError(f"input {unknown.name} is nothing that a step gives")
-    if network.output_names != ("logits",) or network.outputs[0].dtype != torch.float32:
-        raise NetworkError(f"its outputs are {', '.join(network.output_names)}, not logits in float32")
+    if network.output_names != ("logits",) or not network.outputs[0].dtype.is_floating_point:
+        raise NetworkError(f"its outputs are {', '.join(network.output_names)}, not logits")
 
 
 def _verify_digests(directory: Path, manifest: Manifest, files: Collection[str]) -> None:

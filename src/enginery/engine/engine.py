@@ -213,7 +213,7 @@ class Engine:
         return self.device.type == "cuda"
 
     def execute(self, inputs: StepInputs) -> torch.Tensor:
-        """Runs one step: logits `[L, vocab_size]` float32, valid until the next call.
+        """Runs one step: logits `[L, vocab_size]`, valid until the next call.
 
         Raises StepError if the batch is not one of this engine's limits, or names what failed.
         """

@@ -134,17 +134,18 @@ def largest_step(limits: EngineLimits) -> StepShape:
 
 
 class _Borrowed:
-    """The CUDA array interface (numba's, version 3) of a tensor, without owning its memory."""
+    """The CUDA array interface (numba's, version 3) of a tensor's bytes, without owning them."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.__cuda_array_interface__ = {
-            "shape": tuple(tensor.shape), "typestr": "<f4", "data": (tensor.data_ptr(), False), "version": 3,
+            "shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3,
         }  # fmt: skip
 
 
 def _borrowed(logits: torch.Tensor) -> torch.Tensor:
     """The same memory; that of `logits` goes back to the pool, so that the next graph may use it in its own turn."""
-    return torch.as_tensor(_Borrowed(logits.contiguous()), device=logits.device)
+    borrowed = torch.as_tensor(_Borrowed(logits.contiguous()), device=logits.device)
+    return borrowed.view(logits.dtype).view(logits.shape)
 
 
 __all__ = ["GraphedStep", "LaunchedStep", "empty_step", "largest_step"]

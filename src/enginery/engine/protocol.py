@@ -77,8 +77,8 @@ class Engine(Protocol):
         ...
 
     def execute(self, inputs: StepInputs) -> torch.Tensor:
-        """Writes the new tokens' keys and values to the cache and returns logits `[L, vocab_size]`, float32, on its
-        device.
+        """Writes the new tokens' keys and values to the cache and returns logits `[L, vocab_size]`, in the dtype of
+        the model, on its device.
 
         The tensor is valid until the next call, and the caller may write to it until then. Executing the same inputs
         again gives the same result: a session does so to find out which sequence of a failed step was at fault.

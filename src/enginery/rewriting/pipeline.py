@@ -1,7 +1,7 @@
 """The phases that make an imported network a network that an engine runs: their order, on one page.
 
 imported      token_ids, positions -> logits [tokens, vocabulary], attention within one packed sequence
-rewritten     the batch's tables, the KV pools -> logits [logits, vocabulary] float32 of the tokens that are asked for
+rewritten     the batch's tables, the KV pools -> logits [logits, vocabulary] of the tokens that are asked for
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class HostDraws(Draws):
     max_elements = 2**40
 
     def greatest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        array = logits.numpy()
+        array = logits.float().numpy()
         token_ids = array.argmax(axis=1)
         return torch.from_numpy(array[np.arange(len(array)), token_ids]), torch.from_numpy(token_ids)
 

@@ -69,14 +69,15 @@ class Sampler:
         self._draws = draws
 
     def sample(self, logits: Tensor, inputs: SamplingInputs) -> Sampling:
-        """Draws one token per entry of `inputs` from logits `[L, vocab_size]` float32. Does not wait for the
-        device."""
+        """Draws one token per entry of `inputs` from logits `[L, vocab_size]`. Does not wait for the device."""
         draws = self._draws or (HostDraws() if logits.device.type == "cpu" else Draws())
         groups = _groups(inputs, draws, logits.shape[1])
         wanted = np.flatnonzero(inputs.num_logprobs >= 0)
         sets = [_shared_arrays(inputs, wanted), *(group.arrays(inputs) for group in groups)]
         arrays, *columns = upload(sets, logits.device)
         rows = logits if inputs.rows is None else logits.index_select(0, arrays["rows"])
+        if groups or len(wanted) or inputs.edits is not None:
+            rows = rows.float()
         raw = rows
         if len(wanted) and (groups or inputs.edits is not None):
             rows = rows.clone()

@@ -342,7 +342,7 @@ class Session:
         params = request.params
         count = params.prompt_logprobs or 0 if isinstance(params, SamplingParams) else 0
         following = request.prompt_token_ids[rows.first_position + 1 : rows.first_position + 1 + rows.count]
-        mine = logits[rows.first_row : rows.first_row + len(following)]
+        mine = logits[rows.first_row : rows.first_row + len(following)].float()
         return top_logprobs(mine, torch.tensor(following, dtype=torch.int64), count)
 
     def _settle(self, flight: Flight | None) -> list[RequestOutput]:

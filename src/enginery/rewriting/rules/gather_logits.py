@@ -26,13 +26,12 @@ RESHAPES = ("reshape", "view", "_unsafe_view", "flatten", "unflatten", "view_as"
 
 
 def gather_output(network: Network) -> None:
-    """Adds the input logits_indices `[logits]` int64 and makes the output logits `[logits, vocabulary]` float32."""
+    """Adds the input logits_indices `[logits]` int64 and makes the output logits `[logits, vocabulary]`."""
     logits: Any
     indices: Any = network.add_input(INDICES, (Dim.symbol("logits"),), torch.int64)
     (logits,) = network.outputs
     with network.inserting_before(None, module_path="logits"):
-        chosen: Any = torch.index_select(logits, 0, indices)
-        network.set_output(network.output_names[0], chosen.to(torch.float32))
+        network.set_output(network.output_names[0], torch.index_select(logits, 0, indices))
 
 
 class GatherEarlier(PatternRewriter):
