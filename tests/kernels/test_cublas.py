@@ -45,6 +45,19 @@ def test_choices_come_back_from_their_file(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["gpu.json"]
 
 
+def test_processes_keep_each_others_choices(tmp_path: Path) -> None:
+    one, other = Choices(tmp_path / "gpu.json"), Choices(tmp_path / "gpu.json")
+    one.keep(SQUARE, 128, choice(1))
+    other.keep(SQUARE, 128, choice(2))
+    other.keep(NARROW, 96, choice(3))
+    one.write()
+    other.write()
+    again = Choices(tmp_path / "gpu.json")
+    assert (again.nearest(SQUARE, 128), again.nearest(NARROW, 96)) == (choice(2), choice(3))
+    one.write()
+    assert Choices(tmp_path / "gpu.json").nearest(NARROW, 96) == choice(3)
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]", '[{"features": 1}]', '[{"dtype": "no"}]', "\x00"])
 def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "gpu.json"

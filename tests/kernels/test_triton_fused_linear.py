@@ -113,6 +113,15 @@ def test_norm_linear(rows: int, features: int, depth: int, gated: bool, dtype: t
     close(found, silu_gate(expected) if gated else expected)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_row_for_few_features_of_8_bits_is_not_rounded(per_channel: bool, dtype: torch.dtype) -> None:
+    input, bias = randn(1, 1, 64, dtype=dtype), randn(48, dtype=dtype)
+    weight, scale, wide = narrowed(randn(48, 64), per_channel=per_channel)
+    expected = input.double() @ wide.T + bias.double()
+    close(kernels.linear(input, weight, bias, scale, cublas=CUBLAS), expected)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

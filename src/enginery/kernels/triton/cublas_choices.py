@@ -61,17 +61,16 @@ class Choices:
         return known[ordered[place]] if place < len(ordered) else None
 
     def write(self) -> None:
-        """Atomically; a directory that cannot be written keeps nothing."""
+        """Beside what other processes have written; atomically. A directory that cannot be written keeps nothing."""
         if self._path is None:
             return
-        entries = [
-            _entry(family, rows, choice) for family, known in self._known.items() for rows, choice in known.items()
-        ]
+        found = {(family, rows): choice for family, rows, choice in _read(self._path)}
+        found |= {(family, rows): choice for family, known in self._known.items() for rows, choice in known.items()}
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self._path.parent)
             with os.fdopen(handle, "w") as file:
-                json.dump(entries, file, indent=1)
+                json.dump([_entry(*key, choice) for key, choice in found.items()], file, indent=1)
             os.replace(name, self._path)
 
 

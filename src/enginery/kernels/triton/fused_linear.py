@@ -2,7 +2,8 @@
 
 Few rows (decoding) go to our kernels, which are bound by the bytes of the weight; more to cuBLAS, with the norm before
 and the gate behind as kernels of their own. Between them, gated products of up to 128 rows have a kernel of
-theirs on Hopper GPUs. One row of 16 bits takes its norm into the product.
+theirs on Hopper GPUs. One row of 16 bits takes its norm into the product. One row for a weight of 8 bits and few
+features is not rounded: that would take a kernel, and save none of the bytes that count.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
 from enginery.kernels.triton.cublas import Cublas
 from enginery.kernels.triton.float8 import quantised
-from enginery.kernels.triton.linear import skinny_linear, skinny_norm_linear
+from enginery.kernels.triton.linear import FEW_FEATURES, skinny_linear, skinny_norm_linear
 from enginery.kernels.triton.silu_mul import scaled_silu_mul, silu_mul
 from enginery.ops.precision import MULTIPLE
 
@@ -47,7 +48,10 @@ def linear(
     """The contract of `enginery::linear`."""
     rows = _rows(input)
     if scale is not None and _fits_float8(rows, weight):
-        result = _float8(*quantised(rows), weight, bias, scale, input.dtype, cublas, gated=False)
+        if rows.shape[0] == 1 and weight.shape[0] <= FEW_FEATURES:
+            result = skinny_linear(rows, weight, bias, scale)
+        else:
+            result = _float8(*quantised(rows), weight, bias, scale, input.dtype, cublas, gated=False)
     else:
         result = _product(rows, weight, bias, scale, cublas, gated=False)
     return result.view(*input.shape[:-1], result.shape[1])

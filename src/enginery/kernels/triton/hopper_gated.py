@@ -1,4 +1,4 @@
-"""Gated linear layers of 33 to 128 rows on Hopper GPUs: silu(x · gateᵀ) · (x · upᵀ), in one pass over the weight.
+"""Gated linear layers of up to 128 rows on Hopper GPUs: silu(x · gateᵀ) · (x · upᵀ), in one pass over the weight.
 
 The bytes of the weight bound so few rows, so the kernel is built around their stream. A program has HALF features: as
 many rows of gate and the rows of up that belong to them, one above the other in a tile. A warp copies it to a ring in
@@ -9,23 +9,27 @@ shared memory, 128 bytes of depth a step (by the tensor memory accelerator, TMA)
     multiplies  wait for the kernel ahead;  in each step: start its product;  wait for the one before, whose slot is
                 empty then;  at the end the activation: gate and up of a feature are sums of the same thread
 
-Two programs share a multiprocessor: one reads while the other starts or ends. With fewer programs than multiprocessors
-some of these would read nothing; with more than twice as many the last would start late, too few to keep the memory
-busy. `takes` keeps to what lies between, where all run at once.
+Two programs share a multiprocessor: one reads while the other starts or ends. Inputs are copied in pieces of 16 rows,
+and only those that there are: TMA takes longer to fill in rows than to copy them (65 rows as 128: 93 µs instead of 69).
 
-Gate and up of an 8B decoder (28672 × 4096), in µs on an H200; before: `linear_tiles` with the gate inside up to 64
-rows, cuBLAS and a kernel for the gate above.
+Norm, gate and up of an 8B decoder (28672 × 4096), in µs on an H200; beside it `linear_tiles` with the gate inside up to
+64 rows, above them cuBLAS by measured algorithms, and a kernel for the gate:
 
-    rows               32             64            128
-    bfloat16     66.2 (before 61.8)  62.9 (62.8)   66.0 (72.8)
-    float8       34.9 (before 34.3)  34.6 (42.4)   37.1 (39.5)
+    rows                48            64            80            96            128
+    bfloat16     66.9 (66.2)   68.2 (66.8)   69.6 (68.5)   69.6 (71.8)   71.0 (74.4)
+    float8       35.9 (41.3)   36.7 (42.2)   39.4 (41.9)   40.1 (43.4)   41.6 (43.8)
 
-Measured to lose: the same stream for weights of fewer features, their depth split over programs that add up in memory
-(128 rows in bfloat16, against cuBLAS: 40.5 and 38.8 for 4096 × 14336, 15.7 and 14.3 for 4096 × 4096; only 64 rows of
-the former gained, 35.4 and 36.4); equal shares of all steps for each multiprocessor, tiles cut where a share ends (71.3
-for the 66.0 above); and 256 rows (101.2, cuBLAS with its gate 99.9).
+With the rest of a layer around it, the times of which depend on what runs before, it takes 1 to 2 % off a layer of 80
+to 128 rows in bfloat16, 4 to 5 % off one of 48 or 64 in float8, and nothing off one of more. With fewer tiles in
+bfloat16 (128 of them, 96 rows: 40 instead of 35 µs), or more than run at once (296: 107 instead of 84), it loses.
+
+Measured to lose, too: the same stream for weights of fewer features, their depth split over programs that add up in
+memory (128 rows in bfloat16, against cuBLAS: 40.5 and 38.8 for 4096 × 14336, 15.7 and 14.3 for 4096 × 4096; only 64
+rows of the former gained, 35.4 and 36.4); equal shares of all steps for each multiprocessor, tiles cut where a share
+ends (71.3 where whole tiles took 66.0); and 256 rows (101.2, cuBLAS with its gate 99.9).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,6 +51,8 @@ from enginery.ops.precision import FLOAT8
 
 HALF: gl.constexpr = gl.constexpr(64)
 """Features of a program."""
+PIECE: gl.constexpr = gl.constexpr(16)
+"""Rows of the input that are copied at once."""
 LINE = 128
 """Bytes of depth in a step: the width of the swizzle of shared memory."""
 RING = 96 << 10
@@ -56,9 +62,16 @@ REGISTERS = 128
 COPYING: gl.constexpr = gl.constexpr(40)
 """Of a thread that copies; those that multiply get what it gives."""
 
-LEAST_ROWS = {torch.bfloat16: 65, FLOAT8: 33}
-"""By the weight's dtype; fewer are as fast elsewhere, or faster."""
-MOST_ROWS = 128
+
+class Bounds(NamedTuple):
+    """Where the kernel was the fastest: the rows of the input, and tiles for each multiprocessor."""
+
+    rows: range
+    least_tiles: float
+    most_tiles: float
+
+
+BOUNDS = {torch.bfloat16: Bounds(range(65, 129), 1.5, 2.0), FLOAT8: Bounds(range(33, 65), 0.95, math.inf)}
 
 
 class Layer(NamedTuple):
@@ -72,6 +85,7 @@ class Layer(NamedTuple):
     output: gl.tensor
     rows: gl.tensor
     features: gl.tensor
+    PIECES: gl.constexpr
     STEPS: gl.constexpr
     SCALES: gl.constexpr
     HAS_BIAS: gl.constexpr
@@ -104,7 +118,7 @@ def copy_weights(layer, ring, step):
     halves = ring.weights._reinterpret(ring.weights.dtype, [2 * STAGES, HALF, BLOCK_K], ring.weights.layout)
     slot, _ = locate(ring, step)
     barrier = ring.full.index(slot)
-    mbarrier.expect(barrier, 2 * layer.weight.block_type.nbytes + layer.input.block_type.nbytes)
+    mbarrier.expect(barrier, 2 * layer.weight.block_type.nbytes + layer.PIECES * layer.input.block_type.nbytes)
     for half in gl.static_range(2):
         place = [half * layer.features + gl.program_id(0) * HALF, step * BLOCK_K]
         tma.async_copy_global_to_shared(layer.weight, place, barrier, halves.index(2 * slot + half))
@@ -112,10 +126,16 @@ def copy_weights(layer, ring, step):
 
 @gluon.jit
 def copy_inputs(layer, ring, step):
-    """Starts the copy of a step's inputs: of all rows."""
+    """Starts the copies of a step's inputs: of the rows that there are, for TMA takes its time to fill in others. What
+    then lies in the rest of the slot goes into rows of the sums that nobody stores."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    ROWS: gl.constexpr = ring.inputs.shape[1]
     BLOCK_K: gl.constexpr = ring.weights.shape[2]
+    pieces = ring.inputs._reinterpret(ring.inputs.dtype, [STAGES * ROWS // PIECE, PIECE, BLOCK_K], ring.inputs.layout)
     slot, _ = locate(ring, step)
-    tma.async_copy_global_to_shared(layer.input, [0, step * BLOCK_K], ring.full.index(slot), ring.inputs.index(slot))
+    for piece in gl.static_range(layer.PIECES):
+        target = pieces.index(slot * (ROWS // PIECE) + piece)
+        tma.async_copy_global_to_shared(layer.input, [piece * PIECE, step * BLOCK_K], ring.full.index(slot), target)
 
 
 @gluon.jit
@@ -192,10 +212,10 @@ def start_warps(layer, ring):
 @gluon.jit(do_not_specialize=["rows"])
 def linear_gated(
     weight, input, scale, input_scale, bias, output, rows, features,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr, PIECES: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """One program per HALF features; `weight` describes blocks `[HALF, BLOCK_K]`, `input` blocks `[ROWS, BLOCK_K]`."""
-    ROWS: gl.constexpr = input.block_shape[0]
+    """One program per HALF features; `weight` describes blocks `[HALF, BLOCK_K]`, `input` blocks `[PIECE, BLOCK_K]`."""
     BLOCK_K: gl.constexpr = input.block_shape[1]
     weights = gl.allocate_shared_memory(weight.dtype, [STAGES, 2 * HALF, BLOCK_K], weight.layout)
     inputs = gl.allocate_shared_memory(input.dtype, [STAGES, ROWS, BLOCK_K], input.layout)
@@ -208,7 +228,7 @@ def linear_gated(
     gl.thread_barrier()
     # Made where they are passed on: an assignment would turn their constants into tensors.
     start_warps(
-        Layer(weight, input, scale, input_scale, bias, output, rows, features, STEPS, SCALES, HAS_BIAS),
+        Layer(weight, input, scale, input_scale, bias, output, rows, features, PIECES, STEPS, SCALES, HAS_BIAS),
         Ring(weights, inputs, full, empty),
     )
 
@@ -221,12 +241,12 @@ def is_hopper(device: torch.device) -> bool:
 def takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel reads such tensors, and is the fastest for them."""
     rows, depth = input.shape
-    if weight.dtype not in LEAST_ROWS or not LEAST_ROWS[weight.dtype] <= rows <= MOST_ROWS:
+    bounds = BOUNDS.get(weight.dtype)
+    if bounds is None or rows not in bounds.rows or not is_hopper(input.device):
         return False
-    tiles, processors = triton.cdiv(weight.shape[0] // 2, HALF.value), processors_of(input.device)
+    tiles = triton.cdiv(weight.shape[0] // 2, HALF.value) / processors_of(input.device)
     return (
-        is_hopper(input.device)
-        and processors <= tiles <= 2 * processors
+        bounds.least_tiles <= tiles <= bounds.most_tiles
         and input.dtype == weight.dtype
         and weight.is_contiguous()
         and depth > 0
@@ -262,8 +282,8 @@ def gated_linear(
     pointers = (output if each is None else each.contiguous() for each in (scale, input_scale, bias))
     linear_gated[(triton.cdiv(features, HALF.value),)](
         TensorDescriptor.from_tensor(weight, [HALF.value, block_k], layout),
-        TensorDescriptor.from_tensor(input, [padded, block_k], layout),
-        *pointers, output, rows, features,
+        TensorDescriptor.from_tensor(input, [PIECE.value, block_k], layout),
+        *pointers, output, rows, features, ROWS=padded, PIECES=triton.cdiv(rows, PIECE.value),
         STEPS=depth // block_k, STAGES=RING // ((2 * HALF.value + padded) * LINE),
         SCALES=0 if scale is None else min(scale.numel(), 2), HAS_BIAS=bias is not None,
         num_warps=4, maxnreg=REGISTERS, launch_pdl=True,

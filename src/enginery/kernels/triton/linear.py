@@ -161,13 +161,17 @@ def shared_memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
+FEW_FEATURES = 4096
+"""For so few, one row keeps its products in registers; its programs of 8 features are more than those of 64."""
+
+
 def choose_tiles(rows: int, features: int, itemsize: int = 2, shared_memory: int = H200_SHARED_MEMORY) -> Tiles:
     """The fastest tiles found on an H200 (`benchmarks/gpu_linears.py --tune`); `itemsize`: bytes of a number.
 
     A program of 64 features streams its weights through stages of 16 KiB, and its rows through stages of 4 KiB for
     every 16. The fewer programs there are for a multiprocessor, the more stages each needs to keep the memory busy.
     """
-    if rows == 1 and features <= 4096 and itemsize > 1:
+    if rows == 1 and features <= FEW_FEATURES:
         return Tiles("rows", 8, 1024 // itemsize, 4, 3)
     stages = 8 if features <= 4096 else 6 if features <= 8192 else 4
     fitting = {width: shared_memory // ((width + padded(rows)) * 256) for width in (64, 128)}
@@ -210,7 +214,8 @@ def skinny_linear(
 
     The weight is contiguous; both have one dtype. Those of float8_e4m3fn have float32 scales: the weight's `[1]` or
     `[N]`, `input_scale` `[M]`; the result then has `dtype`, and tensor cores may keep less than float32 of the sums
-    (an H100: 14 bits). `gated`: silu(first half) · second half of the features, `[M, N / 2]`.
+    (an H100: 14 bits). In *rows*, the input of a float8 weight may be wider; it has no scale then. `gated`: silu(first
+    half) · second half of the features, `[M, N / 2]`.
     """
     rows, depth = input.shape
     features = weight.shape[0] // 2 if gated else weight.shape[0]

@@ -31,7 +31,8 @@ def gather_output(network: Network) -> None:
     indices: Any = network.add_input(INDICES, (Dim.symbol("logits"),), torch.int64)
     (logits,) = network.outputs
     with network.inserting_before(None, module_path="logits"):
-        network.set_output(network.output_names[0], torch.index_select(logits, 0, indices))
+        chosen: Any = torch.index_select(logits, 0, indices)
+        network.set_output(network.output_names[0], chosen)
 
 
 class GatherEarlier(PatternRewriter):
