@@ -17,13 +17,19 @@ STEP_COUNTS = ("steps", "replayed", "tokens", "padded")
 Record = Mapping[str, Any]
 
 
-COLUMNS = ("unit", "measured", "limit", "of the limit", "goal", "reached", "vLLM 0.24", "vLLM here", "transformers")
+COLUMNS = (
+    "unit", "measured", "another GPU", "limit", "of the limit", "goal", "reached", "vLLM 0.24", "vLLM here",
+    "transformers",
+)  # fmt: skip
+"""Those that are empty are left out. "another GPU": of the same kind; such results are put into a record by hand."""
 
 
 def show(record: Record) -> str:
     """For a terminal of any width."""
-    lines = [("", *COLUMNS)]
-    lines += [(f"{row['dtype']} {row['arm']}", *(row[name] for name in COLUMNS)) for row in figures(record)]
+    found = list(figures(record))
+    shown = _filled(found)
+    lines = [("", *shown)]
+    lines += [(f"{row['dtype']} {row['arm']}", *(row[name] for name in shown)) for row in found]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     title = record["hardware"].get("gpu", record["hardware"]["cpu"])
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -33,7 +39,7 @@ def show(record: Record) -> str:
 def figures(record: Record) -> Iterator[dict[str, Any]]:
     """One row for each arm that was tried, in the order of the protocol. Limits, goals and vLLM's figures are of the
     full shape."""
-    results, is_full = record["results"], record["shape"] == FULL
+    results, another, is_full = record["results"], record.get("another", {}), record["shape"] == FULL
     for dtype in DTYPES:
         roof = roofline(results, dtype)
         for arm in _known_arms(results, dtype):
@@ -45,6 +51,7 @@ def figures(record: Record) -> Iterator[dict[str, Any]]:
                 "arm": arm.name,
                 "unit": arm.unit,
                 "measured": _figure(mine),
+                "another GPU": _figure(another.get(f"enginery {dtype} {arm.name}", {})),
                 "limit": _figure({"value": limit}) if limit is not None else "",
                 "of the limit": _share(mine.get("value"), limit, arm),
                 "goal": _figure({"value": target.goal}) if target.goal is not None else "",
@@ -53,6 +60,12 @@ def figures(record: Record) -> Iterator[dict[str, Any]]:
                 "vLLM here": _figure(results.get(f"vllm {dtype} {arm.name}", {})),
                 "transformers": _figure(results.get(f"transformers {dtype} {arm.name}", {})),
             }
+
+
+def _filled(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """The columns that are not empty."""
+    rows = list(rows)
+    return [name for name in COLUMNS if any(row[name] for row in rows)]
 
 
 def _known_arms(results: Mapping[str, Any], dtype: str) -> list[Arm]:
@@ -157,7 +170,7 @@ def _limits(record: Record) -> str:
 
 def _main_table(record: Record) -> str:
     rows = [row for row in figures(record) if not row["arm"].startswith(("profile", "steps"))]
-    shown = [name for name in COLUMNS if any(row[name] for row in rows)]
+    shown = _filled(rows)
     return _markdown(["", *shown], ([f"{row['dtype']}, {row['arm']}", *(row[name] for name in shown)] for row in rows))
 
 

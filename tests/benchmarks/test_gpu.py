@@ -65,7 +65,8 @@ def test_every_arm_of_the_engine_runs_and_is_kept(tmp_path: Path) -> None:
     assert sum(kind["tokens"] for kind in steps["kinds"].values()) == tokens
     assert 0 < steps["device, s"] < steps["value"]
     assert "bf16 decode, batch 4" in text.splitlines()[-1] + text
-    assert "goal" in text
+    assert "measured" in text
+    assert "goal" not in text  # of the full shape alone
     markdown = tables.tables(kept)
     assert "| bf16, decode, batch 4 | ms/step |" in markdown
     assert "### enginery bf16 profile, prefill 16" in markdown
@@ -254,6 +255,14 @@ def test_a_table_compares_with_goal_and_limit() -> None:
     markdown = tables.tables(record_of(results))
     assert "a GPU, driver 1.2, torch 9.9, measured 2030-01-02 to 2030-01-03." in markdown
     assert all(row["goal"] == "" for row in tables.figures(record_of(results, "tiny")))
+
+
+def test_another_gpu_has_a_column_of_its_own() -> None:
+    decode = "enginery bf16 decode, batch 1"
+    record = record_of({decode: {"value": 4.0, "unit": "ms/step"}})
+    assert "another GPU" not in tables.show(record)
+    record["another"] = {decode: {"value": 4.5, "unit": "ms/step"}}
+    assert "| bf16, decode, batch 1 | ms/step | 4.00 | 4.50 | 3.52 |" in tables.tables(record)
 
 
 def test_measured_ceilings_move_the_limits() -> None:
