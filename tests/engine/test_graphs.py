@@ -132,6 +132,39 @@ def test_after_a_capture_that_cannot_be_ended_steps_are_launched(
     assert torch.isfinite(graphed(empty_step())).all()
 
 
+@pytest.mark.parametrize("failing", ["rehearsal", "capture"])
+def test_a_step_that_was_not_captured_waits_for_its_rehearsal(
+    padded: tuple[Engine, LaunchedStep, InputBuffer], monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Both read the one buffer of inputs, on streams of their own."""
+    engine, launched, buffer = padded
+    events: list[str] = []
+
+    class Spied:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, shape: StepShape) -> torch.Tensor:
+            events.append(self.name)
+            if self.name == failing:
+                raise torch.OutOfMemoryError
+            return launched.run(shape)
+
+        def __call__(self, inputs: StepInputs) -> torch.Tensor:
+            events.append("launch")
+            return launched(inputs)
+
+    current = MagicMock()
+    current.wait_stream = lambda _: events.append("wait")
+    for name in ("graph_pool_handle", "Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    graphed = GraphedStep(Spied("capture"), Spied("rehearsal"), buffer, engine.limits)  # type: ignore[arg-type]
+    graphed(empty_step())
+    assert events == ["rehearsal", "wait", *(["capture"] if failing == "capture" else []), "launch"]
+
+
 # ---- on a GPU
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")

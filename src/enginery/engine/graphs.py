@@ -102,9 +102,13 @@ class GraphedStep:
 
     def _capture(self, shape: StepShape) -> Captured:
         self._buffer.send(empty_step(), shape)
-        self._stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self._rehearsed.run(shape)  # loads kernels and allocates workspaces, which a capture must not
+            try:
+                self._rehearsed.run(shape)  # loads kernels and allocates workspaces, which a capture must not
+            finally:
+                current.wait_stream(self._stream)  # whatever comes next, it fills the buffer that this reads
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -116,7 +120,6 @@ class GraphedStep:
                     self._can_capture = False
                 raise
             graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
         return Captured(graph, _borrowed(logits))
 
 
