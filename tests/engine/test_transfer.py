@@ -59,6 +59,25 @@ def test_places_are_known_before_the_values_arrive(elsewhere: None, gate: thread
     assert {name: value.data_ptr() for name, value in moved.placed.items()} == places
 
 
+def test_values_that_may_be_places_are_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that runs before the others have arrived must not look up what lay there before."""
+    weights = {"weight": torch.randn(5), "places": torch.randint(2**40, (5,)), "mask": torch.ones(5, dtype=torch.bool)}
+    arrive = threading.Event()
+
+    def copy(target: torch.Tensor, value: torch.Tensor) -> None:
+        assert threading.current_thread() is threading.main_thread() or arrive.wait(20)
+        target.copy_(value)
+
+    monkeypatch.setattr(transfer, "_place", lambda value, _: torch.zeros_like(value))
+    monkeypatch.setattr(transfer, "_copy", copy)
+    with Transfer(weights, CPU) as moved:
+        there = {name for name, value in moved.placed.items() if torch.equal(value, weights[name])}
+        arrive.set()
+        moved.wait()
+    assert there == {"places", "mask"}
+    assert torch.equal(moved.placed["weight"], weights["weight"])
+
+
 def test_parameters_leave_no_trace_of_gradients(elsewhere: None) -> None:
     weight = torch.nn.Parameter(torch.randn(4))
     with Transfer({"weight": weight}, CPU) as moved:
@@ -115,3 +134,19 @@ def test_a_graph_that_was_captured_before_the_weights_arrived_reads_them(gate: t
         graph.capture_end()
     graph.replay()
     torch.testing.assert_close(total.cpu(), torch.stack(list(weights.values())).sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_kernels_that_had_the_memory_before_do_not_write_to_weights() -> None:
+    value = torch.randn(8 << 20)
+    torch.cuda.empty_cache()
+    before = torch.zeros(value.shape, device="cuda")
+    place = before.data_ptr()
+    torch.cuda._sleep(500_000_000)
+    before.fill_(1)
+    del before
+    with Transfer({"weight": value}, torch.device("cuda")) as moved:
+        moved.wait()
+    assert moved.placed["weight"].data_ptr() == place
+    torch.cuda.synchronize()
+    assert torch.equal(moved.placed["weight"].cpu(), value)

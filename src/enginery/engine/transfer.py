@@ -19,8 +19,8 @@ class Transfer:
     """`with Transfer(weights, device) as moved: ...; moved.wait()`.
 
     Attributes:
-        placed: the weights on the device, by name; those that are there already stay where they are. Any value until
-            `wait` has returned.
+        placed: the weights on the device, by name; those that are there already stay where they are. Until `wait` has
+            returned, floating-point ones have any value.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -28,10 +28,15 @@ class Transfer:
         self.placed = {name: _place(value, device) for name, value in weights.items()}
         device = torch.empty(0, device=device).device  # with its number: threads begin on device 0
         self._pool = ThreadPoolExecutor(COPYING_THREADS, "weights", _use_own_stream, (device,))
+        moving = [(self.placed[name], value) for name, value in weights.items() if self.placed[name] is not value]
+        if device.type == "cuda":
+            # Kernels that had the memory before may still write there: copies are in the order of other streams.
+            torch.cuda.current_stream(device).synchronize()
+        for target, value in moving:
+            if not value.is_floating_point():  # places, it may be, that a step would look up outside of a table
+                _copy(target, value)
         self._copies = [
-            self._pool.submit(_copy, self.placed[name], value)
-            for name, value in weights.items()
-            if self.placed[name] is not value
+            self._pool.submit(_copy, target, value) for target, value in moving if value.is_floating_point()
         ]
 
     def wait(self) -> None:
@@ -60,7 +65,7 @@ def _use_own_stream(device: torch.device) -> None:
 
 @torch.no_grad()
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
-    target.copy_(value)  # from memory that is not pinned: returns when the values are there
+    target.copy_(value)  # blocks until the values are there
 
 
 __all__ = ["Transfer"]
