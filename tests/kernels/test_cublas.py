@@ -58,7 +58,20 @@ def test_processes_keep_each_others_choices(tmp_path: Path) -> None:
     assert Choices(tmp_path / "gpu.json").nearest(NARROW, 96) == choice(3)
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", "[1]", '[{"features": 1}]', '[{"dtype": "no"}]', "\x00"])
+def entry(**damage: object) -> str:
+    sound = {"features": 64, "depth": 64, "dtype": "bfloat16", "scaled": False, "rows": 1, "algorithm": "01" * 64}
+    return json.dumps([{**sound, "workspace": 1, "by_rows": False, **damage}])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "{}", "[1]", '[{"features": 1}]', '[{"dtype": "no"}]', "\x00",
+        *(entry(dtype=name) for name in ("no", "nn", "__dict__", "float64", 7, [])),
+        *(entry(algorithm=code) for code in ("", "01" * 63, "01" * 65, "zz" * 64)),
+        entry(rows=float("inf")),
+    ],
+)  # fmt: skip
 def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "gpu.json"
     path.write_text(text)
@@ -95,7 +108,7 @@ class Library:
 
 
 def test_a_product_is_measured_once_and_only_while_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[tuple[Family, int, list[Choice]]] = []
+    measured: list[tuple[int, int]] = []
 
     def fastest(choices, run, weights) -> Choice:
         run(choices[0], weights[0])
@@ -125,6 +138,27 @@ def test_a_product_is_measured_once_and_only_while_it_may_be(monkeypatch: pytest
     ours.linear(torch.randn(150, 64).bfloat16(), weight)
     ours.linear(input, weight, torch.zeros(64).bfloat16())
     assert len(library.multiplied) == before + 1
+
+
+def test_operands_that_are_none_of_an_algorithm_are_left_to_torch() -> None:
+    library, choices = Library(), Choices()
+    choices.keep(SQUARE, 128, choice(1))
+    choices.keep(Family(64, 64, torch.float64), 128, choice(1))
+    ours, weight = cublas.Cublas(library, choices), torch.randn(64, 64).bfloat16()
+    one = torch.randn(1, 64).bfloat16()
+    torch.testing.assert_close(
+        ours.linear(one.expand(7, 64), weight), torch.nn.functional.linear(one, weight).expand(7, 64)
+    )
+    overlapping = torch.randn(512).bfloat16().as_strided((7, 64), (32, 1))
+    torch.testing.assert_close(ours.linear(overlapping, weight), torch.nn.functional.linear(overlapping, weight))
+    assert ours.linear(torch.empty(0, 64).bfloat16(), weight).shape == (0, 64)
+    assert ours.linear(torch.randn(7, 64).double(), weight.double()).dtype == torch.float64
+    for wrong in (torch.randn(7, 64), torch.randn(7, 32).bfloat16()):
+        with pytest.raises(RuntimeError):
+            ours.linear(wrong, weight)
+    assert not library.multiplied
+    ours.linear(one, weight)
+    assert len(library.multiplied) == 1
 
 
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from enginery import env
 from enginery.kernels.triton.cublas_choices import Choice, Choices, Family
-from enginery.kernels.triton.cublas_lt import Algorithm, CublasLt, Shape, is_aligned
+from enginery.kernels.triton.cublas_lt import Algorithm, CublasLt, Shape, takes
 from enginery.kernels.triton.float8 import float8_product, scaled
 
 MOST_WORKSPACE = 32 << 20
@@ -115,7 +115,7 @@ class Cublas:
 
     def _product(self, input: torch.Tensor, weight: torch.Tensor, *, scaled: bool = False) -> Product | None:
         """None: torch does it."""
-        if self._lt is None or not is_aligned(input, weight) or not weight.is_contiguous():
+        if self._lt is None or not takes(input, weight):
             return None
         family, rows = Family.of(weight, scaled=scaled), len(input)
         if self._measuring and not self._choices.known(family, rows):

@@ -7,13 +7,14 @@ import os
 import tempfile
 from bisect import bisect_left
 from contextlib import suppress
+from ctypes import sizeof
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from enginery.kernels.triton.cublas_lt import Algorithm
+from enginery.kernels.triton.cublas_lt import TYPES, Algorithm, Opaque
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _entry(family: Family, rows: int, choice: Choice) -> dict[str, Any]:
     return {
         "features": family.features,
         "depth": family.depth,
-        "dtype": str(family.dtype).removeprefix("torch."),
+        "dtype": _name(family.dtype),
         "scaled": family.scaled,
         "rows": rows,
         "algorithm": choice.algorithm.code.hex(),
@@ -87,16 +88,28 @@ def _entry(family: Family, rows: int, choice: Choice) -> dict[str, Any]:
     }
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _read(path: Path) -> list[tuple[Family, int, Choice]]:
     """Nothing if there is no such file, or it is none of ours."""
+    dtypes = {_name(dtype): dtype for dtype in TYPES}
     try:
         return [
             (
-                Family(int(each["features"]), int(each["depth"]), getattr(torch, each["dtype"]), bool(each["scaled"])),
+                Family(int(each["features"]), int(each["depth"]), dtypes[each["dtype"]], bool(each["scaled"])),
                 int(each["rows"]),
-                Choice(Algorithm(bytes.fromhex(each["algorithm"]), int(each["workspace"])), bool(each["by_rows"])),
+                Choice(Algorithm(_code(each["algorithm"]), int(each["workspace"])), bool(each["by_rows"])),
             )
             for each in json.loads(path.read_text())
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return []
+
+
+def _code(text: str) -> bytes:
+    code = bytes.fromhex(text)
+    if len(code) != sizeof(Opaque):
+        raise ValueError("no algorithm is encoded so")
+    return code

@@ -67,14 +67,23 @@ class Shape:
         return torch.bfloat16 if self.dtype == FLOAT8 else self.dtype
 
 
-def is_aligned(*tensors: torch.Tensor) -> bool:
-    """They are matrices as the algorithms take them."""
-    return all(
-        tensor.data_ptr() % ALIGNED == 0
-        and tensor.stride(1) == 1
-        and tensor.stride(0) * tensor.element_size() % ALIGNED == 0
-        for tensor in tensors
+def takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """They are matrices as the algorithms take them. Of others torch says what is wrong, or multiplies them."""
+    return (
+        len(input) > 0
+        and input.dtype == weight.dtype
+        and input.dtype in TYPES
+        and input.shape[1] == weight.shape[1]
+        and input.stride(0) >= input.shape[1]
+        and weight.is_contiguous()
+        and is_aligned(input)
+        and is_aligned(weight)
     )
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    row = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(1) == 1 and tensor.data_ptr() % ALIGNED == row % ALIGNED == 0
 
 
 class CublasLt:
