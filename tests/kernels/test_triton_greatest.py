@@ -59,6 +59,12 @@ def test_counters_are_zero_again() -> None:
     check(torch.randn(4, 100, device=DEVICE), arrivals=arrivals[:3], tile=64)  # too few
 
 
+def test_float64_keeps_its_precision() -> None:
+    logits = torch.ones(2, 40, device=DEVICE, dtype=torch.float64)
+    logits[:, 7] += 1e-12
+    check(logits)
+
+
 def test_no_rows() -> None:
     assert [each.shape for each in greatest(torch.empty(0, 30, device=DEVICE))] == [(0,), (0,)]
 

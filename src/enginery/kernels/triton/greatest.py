@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from enginery.ops.greatest import greatest_reference
+
 TILE = 8192
 """columns of one program"""
 MOST_TILES = 128
@@ -50,10 +52,12 @@ def argmax_rows(logits, best, columns, tops, arrivals, row_stride, width, TILE: 
 def greatest(
     logits: torch.Tensor, *, arrivals: torch.Tensor | None = None, tile: int = TILE
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract of `enginery::greatest`, in 16 and 32 bits.
+    """The contract of `enginery::greatest`; in 64 bits, for which the kernel is not made, by the reference.
 
     `arrivals`: of `paged_attention.new_arrivals`; without, or with too few, a call has its own. `tile`: a power of 2.
     """
+    if logits.dtype == torch.float64:
+        return greatest_reference(logits)
     rows, width = logits.shape
     best, columns = logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.int64)
     if rows == 0:
