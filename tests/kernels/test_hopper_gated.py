@@ -336,9 +336,10 @@ def test_a_chain_in_a_graph_reads_what_was_written_before(rows: int, dtype: torc
 def test_the_operator_takes_it_and_gives_what_the_other_kernels_give(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = draw(100, 14336, 4096, dtype)
+    rows = hopper_gated.BOUNDS[dtype].rows[-1]
+    layer = draw(rows, 14336, 4096, dtype)
     assert hopper_gated.takes(layer.input, layer.weight)
-    input, norm_weight = torch.randn(100, 4096, device=DEVICE).bfloat16(), torch.ones(4096, device=DEVICE).bfloat16()
+    input, norm_weight = torch.randn(rows, 4096, device=DEVICE).bfloat16(), torch.ones(4096, device=DEVICE).bfloat16()
     arguments = (input, input, norm_weight, 1e-5, layer.weight, None, layer.scale, True)
     found, total = kernels.norm_linear(*arguments, **library())
     monkeypatch.setattr(kernels, "hopper_gated", None)
