@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,17 @@ def test_a_product_is_measured_once_and_only_while_it_may_be(monkeypatch: pytest
     ours.linear(torch.randn(150, 64).bfloat16(), weight)
     ours.linear(input, weight, torch.zeros(64).bfloat16())
     assert len(library.multiplied) == before + 1
+
+
+def test_what_other_threads_multiply_meanwhile_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = cublas.Cublas(Library(), Choices())
+    measured: list[int] = []
+    monkeypatch.setattr(ours, "_measure", lambda lt, family, rows, device: measured.append(rows))
+    weight = torch.randn(64, 64).bfloat16()
+    with ours.measuring(), ThreadPoolExecutor(1) as other:
+        ours.linear(torch.randn(100, 64).bfloat16(), weight)
+        other.submit(ours.linear, torch.randn(200, 64).bfloat16(), weight).result()
+    assert measured == [100]
 
 
 def test_operands_that_are_none_of_an_algorithm_are_left_to_torch() -> None:

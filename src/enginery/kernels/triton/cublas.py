@@ -8,6 +8,7 @@ choices are kept in a file of the cache directory, one for each GPU and version 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Cublas:
         self._choices = choices or Choices()
         self._products: dict[tuple[Family, int], Product | None] = {}
         self._ones: dict[torch.device, torch.Tensor] = {}
-        self._measuring = False
+        self._measurer: int | None = None
 
     def open(self, device: torch.device) -> None:
         """From now on by the choices of earlier processes, if torch has brought the library."""
@@ -68,12 +69,13 @@ class Cublas:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Within, each product is measured before it is done for the first time; then the choices are written."""
-        self._measuring = True
+        """Within, each product of this thread is measured before it is done for the first time; then the choices are
+        written. Another thread may serve, or capture what must not be interrupted."""
+        self._measurer = threading.get_ident()
         try:
             yield
         finally:
-            self._measuring = False
+            self._measurer = None
             self._choices.write()
 
     def linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -118,14 +120,15 @@ class Cublas:
         if self._lt is None or not takes(input, weight):
             return None
         family, rows = Family.of(weight, scaled=scaled), len(input)
-        if self._measuring and not self._choices.known(family, rows):
+        if self._measurer == threading.get_ident() and not self._choices.known(family, rows):
             self._measure(self._lt, family, rows, input.device)
-            self._products.clear()
-        if (family, rows) not in self._products:
+            self._products = {}
+        products = self._products
+        if (family, rows) not in products:
             choice = self._choices.nearest(family, rows)
             product = None if choice is None else Product.of(self._lt, family, rows, choice)
-            self._products[family, rows] = product if product is not None and product.is_possible else None
-        return self._products[family, rows]
+            products[family, rows] = product if product is not None and product.is_possible else None
+        return products[family, rows]
 
     def _measure(self, lt: CublasLt, family: Family, rows: int, device: torch.device) -> None:
         """Keeps the fastest, scales and the pass that applies them counted in. Without enough memory, none."""
