@@ -179,7 +179,7 @@ def streams(rows: int, row_bytes: int) -> bool:
     hopper_gated = fused_linear.hopper_gated
     if hopper_gated is None or not hopper_gated.is_hopper(DEVICE):
         return False
-    return rows <= hopper_gated.MOST_ROWS and row_bytes % hopper_gated.LINE == 0
+    return rows <= max(each.rows[-1] for each in hopper_gated.BOUNDS.values()) and row_bytes % hopper_gated.LINE == 0
 
 
 def linears(rows: int, depth: int, float8: bool) -> Ways:

@@ -226,9 +226,9 @@ def test_capture_compiles_nothing_that_was_warmed(
 
 def forget_kernels(triton: Any) -> None:
     """Those of the tests before."""
-    from enginery.kernels.triton import add_rms_norm, attention_kernels, float8, linear, silu_mul
+    from enginery.kernels.triton import add_rms_norm, attention_kernels, float8, greatest, linear, silu_mul
 
-    for module in (add_rms_norm, attention_kernels, float8, linear, silu_mul):
+    for module in (add_rms_norm, attention_kernels, float8, greatest, linear, silu_mul):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()

@@ -173,6 +173,24 @@ def test_operands_that_are_none_of_an_algorithm_are_left_to_torch() -> None:
     assert len(library.multiplied) == 1
 
 
+def test_what_cublas_proposes_nothing_for_is_asked_for_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Shape] = []
+
+    class Silent(Library):
+        def algorithms(self, shape: Shape, most_workspace: int) -> list[Algorithm]:
+            asked.append(shape)
+            return []
+
+    monkeypatch.setattr(cublas, "operands", lambda *_: (torch.ones(7, 64).bfloat16(), [torch.ones(64, 64)]))
+    ours = cublas.Cublas(Silent(), Choices(tmp_path / "gpu.json"))
+    input, weight = torch.randn(7, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    with ours.measuring():
+        for _ in range(2):
+            assert torch.equal(ours.linear(input, weight), torch.nn.functional.linear(input, weight))
+    assert asked == [Shape(7, 64, 64, torch.bfloat16)] * 2  # with much workspace, and with none
+    assert json.loads((tmp_path / "gpu.json").read_text()) == []
+
+
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     values = torch.randn(*shape, device="cuda")
     return (values * 100).clamp(-448, 448).to(dtype) if dtype.itemsize == 1 else values.to(dtype)
@@ -220,7 +238,12 @@ def test_measured_products(rows: int, has_bias: bool, tmp_path: Path, monkeypatc
 
     def check(ours: cublas.Cublas, rows: int) -> None:
         wide = randn(rows, 2048, dtype=torch.bfloat16)[:, 1024:]
-        close(ours.linear(wide, weight, bias).double() - offset, wide, weight) if bias is None else None
+        found = ours.linear(wide, weight, bias)
+        if bias is None:
+            close(found, wide, weight)
+        else:  # by torch; rounded with the bias
+            expected = wide.double() @ weight.double().T + offset
+            torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=0.3)
         input, scales = randn(rows, 1024, dtype=torch.float8_e4m3fn), (torch.rand(rows), torch.rand(512))
         row_scale, scale = (each.to(device) for each in scales)
         close(ours.unscaled(input, narrow), input, narrow)

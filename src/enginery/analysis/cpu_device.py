@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +14,8 @@ from typing import Any
 
 import torch
 
-from enginery import env
 from enginery.analysis.device import Device
+from enginery.device_facts import path_of, read, write
 
 READ_BYTES = 256 << 20
 """beyond the caches of most processors"""
@@ -33,12 +31,12 @@ def measured_cpu(*, again: bool = False) -> Device:
     """
     facts = {"processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    path = env.cache_dir() / "devices" / f"cpu-{key}.json"
+    path = path_of(f"cpu-{key}")
     found = _read(path)
     if found is None or again:
         measured = {**facts, **_measure()}
         found = measured if found is None else _better(found, measured)
-        _write(path, found)
+        write(path, found)
     flops = {getattr(torch, name): float(value) for name, value in found["flops"].items()}
     source = f"measured here by a sum of {READ_BYTES >> 20} MiB and a product of {MATRIX}² matrices; kept in {path}"
     return Device(f"cpu, {facts['threads']} threads", float(found["bandwidth"]), MappingProxyType(flops), source)
@@ -82,22 +80,10 @@ def _processor() -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """What was measured before; None if nothing was, or it is no such file."""
+    found = read(path)
     try:
-        found = json.loads(path.read_text())
         positive = [found["bandwidth"], found["flops"]["float32"], *found["flops"].values()]
         known = all(isinstance(getattr(torch, name, None), torch.dtype) for name in found["flops"])
         return found if known and all(float(value) > 0 for value in positive) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    """Atomically. A cache that cannot be written is measured again the next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(found, file, indent=2)
-        os.replace(name, path)
-    except OSError:
-        return

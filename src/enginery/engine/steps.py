@@ -70,8 +70,9 @@ class CompiledStep:
                 results = call.run(arguments)  # type: ignore[arg-type]
             except (RuntimeError, MemoryError) as error:
                 raise step_error(f"region {call.name}", error) from error
-            for place, _ in call.fills:
-                arguments[place] = None
+            finally:
+                for place, _ in call.fills:
+                    arguments[place] = None
             for slot, result in zip(call.results, results, strict=True):
                 values[slot] = result
             for slot in call.dead:

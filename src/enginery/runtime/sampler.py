@@ -76,11 +76,9 @@ class Sampler:
         sets = [_shared_arrays(inputs, wanted), *(group.arrays(inputs) for group in groups)]
         arrays, *columns = upload(sets, logits.device)
         rows = logits if inputs.rows is None else logits.index_select(0, arrays["rows"])
-        if groups or len(wanted) or inputs.edits is not None:
-            rows = rows.float()
         raw = rows
-        if len(wanted) and (groups or inputs.edits is not None):
-            rows = rows.clone()
+        if groups or inputs.edits is not None:
+            rows = rows.to(torch.float32, copy=len(wanted) > 0)
         if inputs.edits is not None:
             rows = rows.contiguous()
             _apply_edits(rows, arrays, inputs.edits.num_pending, _newest(inputs, arrays))
@@ -89,7 +87,7 @@ class Sampler:
             token_ids = group.draw(rows, best, token_ids, own)
         logprobs: list[Tensor] = []
         if len(wanted):
-            raw, chosen = _take(raw, arrays, "wanted"), _take(token_ids, arrays, "wanted")
+            raw, chosen = _take(raw, arrays, "wanted").float(), _take(token_ids, arrays, "wanted")
             logprobs = logprob_tensors(raw, chosen, int(inputs.num_logprobs.max()))
         return Sampling(token_ids, best, logprobs, wanted)
 

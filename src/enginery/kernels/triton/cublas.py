@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from enginery import env
+from enginery.device_facts import path_of
 from enginery.kernels.triton.cublas_choices import Choice, Choices, Family
 from enginery.kernels.triton.cublas_lt import Algorithm, CublasLt, Shape, takes
 from enginery.kernels.triton.float8 import float8_product, scaled
@@ -25,6 +25,8 @@ MOST_WORKSPACE = 32 << 20
 DELAY = 1_000_000
 """Cycles for which the GPU is kept busy while the host launches what is timed: half a millisecond."""
 LAUNCHES, FINALISTS, FINAL_LAUNCHES = 3, 4, 8
+TURNS = 2
+"""Times that each is timed; the least counts, for compilers keep the host busy meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Cublas:
         with suppress(OSError, AttributeError, RuntimeError):
             self._lt = CublasLt()
             name = "-".join(torch.cuda.get_device_name(device).lower().split())
-            self._choices = Choices(env.cache_dir() / "devices" / f"{name}-cublas-{self._lt.version}.json")
+            self._choices = Choices(path_of(f"{name}-cublas-{self._lt.version}"))
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -142,9 +144,7 @@ class Cublas:
                 if family.scaled and not choice.by_rows:
                     scaled(result, row_scale, scale, None)
 
-            choices = list(proposed(lt, family, rows))
-            if choices:
-                self._choices.keep(family, rows, fastest(choices, run, weights))
+            self._choices.keep(family, rows, fastest(list(proposed(lt, family, rows)), run, weights))
 
 
 def proposed(lt: CublasLt, family: Family, rows: int) -> Iterator[Choice]:
@@ -164,8 +164,10 @@ def operands(family: Family, rows: int, device: torch.device) -> tuple[torch.Ten
     return input, weights
 
 
-def fastest(choices: list[Choice], run: Callable[[Choice, torch.Tensor], None], weights: list[torch.Tensor]) -> Choice:
-    """All are timed by a few launches, the best of them by some more."""
+def fastest(
+    choices: list[Choice], run: Callable[[Choice, torch.Tensor], None], weights: list[torch.Tensor]
+) -> Choice | None:
+    """All are timed by a few launches, the best of them by some more. None if there are none."""
 
     def milliseconds(choice: Choice, launches: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -178,5 +180,8 @@ def fastest(choices: list[Choice], run: Callable[[Choice, torch.Tensor], None], 
         end.synchronize()
         return begin.elapsed_time(end)
 
-    finalists = sorted(choices, key=lambda choice: milliseconds(choice, LAUNCHES))[:FINALISTS]
-    return min(finalists, key=lambda choice: milliseconds(choice, FINAL_LAUNCHES))
+    def least(launches: int) -> Callable[[Choice], float]:
+        return lambda choice: min(milliseconds(choice, launches) for _ in range(TURNS))
+
+    finalists = sorted(choices, key=least(LAUNCHES))[:FINALISTS]
+    return min(finalists, key=least(FINAL_LAUNCHES), default=None)

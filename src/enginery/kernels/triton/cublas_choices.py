@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from bisect import bisect_left
-from contextlib import suppress
 from ctypes import sizeof
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 
 import torch
 
+from enginery.device_facts import read, write
 from enginery.kernels.triton.cublas_lt import TYPES, Algorithm, Opaque
 
 
@@ -40,16 +37,18 @@ class Choice:
 
 
 class Choices:
-    """The fastest found, by family and rows; in a file, if there is a path."""
+    """The fastest found, by family and rows, or None where cuBLAS proposes nothing; in a file, if there is a path."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._known: dict[Family, dict[int, Choice]] = {}
+        self._known: dict[Family, dict[int, Choice | None]] = {}
+        self._has_new = False
         for family, rows, choice in () if path is None else _read(path):
-            self.keep(family, rows, choice)
+            self._known.setdefault(family, {})[rows] = choice
 
-    def keep(self, family: Family, rows: int, choice: Choice) -> None:
+    def keep(self, family: Family, rows: int, choice: Choice | None) -> None:
         self._known.setdefault(family, {})[rows] = choice
+        self._has_new = True
 
     def known(self, family: Family, rows: int) -> bool:
         return rows in self._known.get(family, {})
@@ -62,17 +61,14 @@ class Choices:
         return known[ordered[place]] if place < len(ordered) else None
 
     def write(self) -> None:
-        """Beside what other processes have written; atomically. A directory that cannot be written keeps nothing."""
-        if self._path is None:
+        """What is new, beside what other processes have written. A directory that cannot be written keeps nothing."""
+        if self._path is None or not self._has_new:
             return
         found = {(family, rows): choice for family, rows, choice in _read(self._path)}
-        found |= {(family, rows): choice for family, known in self._known.items() for rows, choice in known.items()}
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._path.parent)
-            with os.fdopen(handle, "w") as file:
-                json.dump([_entry(*key, choice) for key, choice in found.items()], file, indent=1)
-            os.replace(name, self._path)
+        for family, known in self._known.items():
+            found |= {(family, rows): choice for rows, choice in known.items() if choice is not None}
+        write(self._path, [_entry(*key, choice) for key, choice in found.items()])
+        self._has_new = False
 
 
 def _entry(family: Family, rows: int, choice: Choice) -> dict[str, Any]:
@@ -102,9 +98,9 @@ def _read(path: Path) -> list[tuple[Family, int, Choice]]:
                 int(each["rows"]),
                 Choice(Algorithm(_code(each["algorithm"]), int(each["workspace"])), bool(each["by_rows"])),
             )
-            for each in json.loads(path.read_text())
+            for each in read(path)
         ]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return []
 
 

@@ -24,8 +24,8 @@ TRANSPOSE_A, SCALE_A, SCALE_B, FAST_ACCUMULATION, SCALE_MODE_A, SCALE_MODE_B = 3
 OUTER_VECTOR = 3
 """mode of scales: one for each row of either operand"""
 MOST_WORKSPACE, REDUCTIONS, ALIGNMENTS = 1, 3, (5, 6, 7, 8)
-IN_FLOAT32 = 3
-"""Mask of reductions: a split depth is summed in place or in float32, not in the type of the result."""
+IN_FLOAT32 = 2
+"""Mask of reductions: the parts of a split depth are added up in the type of the sums, not in that of the result."""
 ALIGNED = 16
 """bytes that addresses and rows are multiples of"""
 MOST_ALGORITHMS = 32
@@ -99,6 +99,12 @@ class CublasLt:
 
     def algorithms(self, shape: Shape, most_workspace: int) -> list[Algorithm]:
         """What cuBLAS takes to be fast, its favourite first; nothing if it has no such product."""
+        try:
+            return self._proposed(shape, most_workspace)
+        except RuntimeError:  # an earlier version knows no scales by rows
+            return []
+
+    def _proposed(self, shape: Shape, most_workspace: int) -> list[Algorithm]:
         found, count = (Found * MOST_ALGORITHMS)(), c_int()
         with self._described(shape) as description, self._created("MatmulPreference") as preference:
             self._set("MatmulPreference", preference, MOST_WORKSPACE, c_uint64(most_workspace))
