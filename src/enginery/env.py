@@ -17,7 +17,7 @@ class Knob:
 
 
 KNOBS = (
-    Knob("ENGINERY_CACHE", "~/.cache/enginery", "directory of built engines, compiled kernels and what was measured of devices"),
+    Knob("ENGINERY_CACHE", "~/.cache/enginery", "directory of built engines, compiled kernels, measured facts"),
     Knob("ENGINERY_THREADS", "0", "threads of the CPU kernels; 0: one per physical core this process may use"),
     Knob("ENGINERY_CXX", "g++", "C++ compiler of the CPU kernels and of compiled regions"),
     Knob("ENGINERY_DEBUG", "0", "1: phases and counts; 2: each rewrite; 3: declines; 4: networks; 5: as Python too"),
