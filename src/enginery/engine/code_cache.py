@@ -15,7 +15,6 @@ import hmac
 import os
 import platform
 import secrets
-import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -25,7 +24,7 @@ import torch
 
 from enginery import env, ops
 from enginery.engine.digest import text_digest
-from enginery.errors import EngineFileError, ResourceError
+from enginery.private_files import private_directory, refuse_foreign
 
 SIGNATURE = "SIGNATURE"
 SUFFIX = ".pt2"
@@ -74,13 +73,13 @@ class CodeCache:
         path = self.directory / f"{key}{SUFFIX}"
         if not path.exists():
             return None
-        _private_directory(self.directory)
-        _refuse_foreign(path)
+        private_directory(self.directory)
+        refuse_foreign(path)
         return path
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
         """A private directory for the compiler's files."""
-        return tempfile.TemporaryDirectory(prefix=".building-", dir=_private_directory(self.directory))
+        return tempfile.TemporaryDirectory(prefix=".building-", dir=private_directory(self.directory))
 
     def publish(self, key: str, finished: Path) -> Path:
         """Moves a finished file from `scratch` to its place; of two processes the later one wins, with equal code."""
@@ -120,7 +119,7 @@ class CodeCache:
 
     def _key(self) -> bytes:
         """This user's secret on this machine, made on first use."""
-        path = _private_directory(self.root / "regions") / "signing-key"
+        path = private_directory(self.root / "regions") / "signing-key"
         if not path.exists():
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 file.write(secrets.token_bytes(_KEY_BYTES))
@@ -130,33 +129,8 @@ class CodeCache:
                 pass
             finally:
                 os.unlink(file.name)
-        _refuse_foreign(path)
+        refuse_foreign(path)
         return path.read_bytes()
-
-
-def _private_directory(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot create {path}: {error.strerror}", "Name another directory in ENGINERY_CACHE"
-        ) from None
-    _refuse_foreign(path)
-    return path
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Compiled code that somebody else could have put there is not run."""
-    try:
-        status = path.lstat()
-    except OSError as error:
-        raise ResourceError(f"cannot read {path}: {error.strerror}", f"Remove {path.parent}") from None
-    if stat.S_ISLNK(status.st_mode):
-        raise EngineFileError(f"{path} is a symbolic link", "Remove it or name another directory in ENGINERY_CACHE")
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise EngineFileError(
-            f"{path} belongs to or may be written by others", "Remove it or name another directory in ENGINERY_CACHE"
-        )
 
 
 __all__ = ["SIGNATURE", "CodeCache", "fingerprint"]

@@ -177,6 +177,7 @@ class Engine:
 
         Raises:
             EngineFileError: the directory is not what was built, or of another format.
+            BuildError: a region could not be compiled, or others may write the cache.
             UsageError: the configuration asks for another dtype or device than the engine was built for.
             ResourceError: the device's memory is too small; says what would fit.
         """

@@ -11,7 +11,6 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 from enginery import env
 from enginery.errors import BuildError
 from enginery.kernels.cpu_features import cpu_flags
+from enginery.private_files import private_directory, refuse_foreign
 
 SOURCES = Path(__file__).parent / "cpp"
 LIBRARY = "kernels.so"
@@ -31,7 +31,6 @@ BINDING = "bind.cpp"
 
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-Wno-maybe-uninitialized", "-Wno-psabi")
 _TIMEOUT_S = 600
-_OTHER_CACHE = "Remove it or name another directory in ENGINERY_CACHE"
 
 Report = Callable[[str], None]
 
@@ -43,14 +42,14 @@ def library(target: tuple[str, ...] = NATIVE, report: Report | None = None) -> P
     or a cache that others may write.
     """
     compiler = _compiler()
-    root = _private_directory(env.cache_dir() / "kernels")
+    root = private_directory(env.cache_dir() / "kernels")
     final = root / _fingerprint(compiler, target)
     if not final.exists():
         if report is not None:
             report(f"compiling the CPU kernels with {compiler.name} (once, about ten seconds)")
         _install(compiler, target, root, final)
-    _refuse_foreign(final)
-    _refuse_foreign(final / LIBRARY)
+    refuse_foreign(final)
+    refuse_foreign(final / LIBRARY)
     return final / LIBRARY
 
 
@@ -81,29 +80,6 @@ def _fingerprint(compiler: Path, target: tuple[str, ...]) -> str:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:32]
-
-
-def _private_directory(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise BuildError(
-            f"cannot create {path}: {error.strerror}", "Name another directory in ENGINERY_CACHE"
-        ) from None
-    _refuse_foreign(path)
-    return path
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Compiled code that somebody else could have put there is not run."""
-    try:
-        status = path.lstat()
-    except OSError as error:
-        raise BuildError(f"cannot read {path}: {error.strerror}", f"Remove {path.parent}") from None
-    if stat.S_ISLNK(status.st_mode):
-        raise BuildError(f"{path} is a symbolic link", _OTHER_CACHE)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise BuildError(f"{path} belongs to or may be written by others", _OTHER_CACHE)
 
 
 def _install(compiler: Path, target: tuple[str, ...], root: Path, final: Path) -> None:
