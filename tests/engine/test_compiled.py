@@ -17,7 +17,7 @@ from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.compile import Run
 from enginery.engine.engine import Engine
 from enginery.engine.steps import CompiledStep, HostStep
-from enginery.errors import BuildError, EngineFileError, EngineryWarning, StepError, UsageError
+from enginery.errors import BuildError, EngineryWarning, StepError, UsageError
 from enginery.network import Tensor
 
 
