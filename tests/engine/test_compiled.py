@@ -17,7 +17,7 @@ from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.compile import Run
 from enginery.engine.engine import Engine
 from enginery.engine.steps import CompiledStep, HostStep
-from enginery.errors import BuildError, EngineryWarning, StepError, UsageError
+from enginery.errors import EngineFileError, EngineryWarning, StepError, UsageError
 from enginery.network import Tensor
 
 
@@ -149,7 +149,7 @@ def test_a_cache_that_others_may_write_is_refused(compiled: Engine, fresh_cache:
     cache = CodeCache(fingerprint("cpu"))
     Engine.load(compiled.directory, CONFIG, trust_engine_code=True).close()
     cache.directory.chmod(0o777)
-    with pytest.raises(BuildError, match="may be written by others"):
+    with pytest.raises(EngineFileError, match="may be written by others"):
         Engine.load(compiled.directory, CONFIG)
     cache.directory.chmod(0o700)
 

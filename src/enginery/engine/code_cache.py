@@ -24,9 +24,11 @@ import torch
 
 from enginery import env, ops
 from enginery.engine.digest import text_digest
-from enginery.private_files import private_directory, refuse_foreign
+from enginery.errors import EngineFileError, ResourceError
+from enginery.private_files import PrivateFiles
 
 SIGNATURE = "SIGNATURE"
+_PRIVATE = PrivateFiles(foreign=EngineFileError, unusable=ResourceError)
 SUFFIX = ".pt2"
 
 _KEY_BYTES = 32
@@ -73,13 +75,13 @@ class CodeCache:
         path = self.directory / f"{key}{SUFFIX}"
         if not path.exists():
             return None
-        private_directory(self.directory)
-        refuse_foreign(path)
+        _PRIVATE.directory(self.directory)
+        _PRIVATE.require(path)
         return path
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
         """A private directory for the compiler's files."""
-        return tempfile.TemporaryDirectory(prefix=".building-", dir=private_directory(self.directory))
+        return tempfile.TemporaryDirectory(prefix=".building-", dir=_PRIVATE.directory(self.directory))
 
     def publish(self, key: str, finished: Path) -> Path:
         """Moves a finished file from `scratch` to its place; of two processes the later one wins, with equal code."""
@@ -119,7 +121,7 @@ class CodeCache:
 
     def _key(self) -> bytes:
         """This user's secret on this machine, made on first use."""
-        path = private_directory(self.root / "regions") / "signing-key"
+        path = _PRIVATE.directory(self.root / "regions") / "signing-key"
         if not path.exists():
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 file.write(secrets.token_bytes(_KEY_BYTES))
@@ -129,7 +131,7 @@ class CodeCache:
                 pass
             finally:
                 os.unlink(file.name)
-        refuse_foreign(path)
+        _PRIVATE.require(path)
         return path.read_bytes()
 
 

@@ -176,8 +176,8 @@ class Engine:
         `trust_engine_code`), or are compiled now into the cache.
 
         Raises:
-            EngineFileError: the directory is not what was built, or of another format.
-            BuildError: a region could not be compiled, or others may write the cache.
+            EngineFileError: the directory is not what was built, or of another format; others may write the cache.
+            BuildError: a region could not be compiled.
             UsageError: the configuration asks for another dtype or device than the engine was built for.
             ResourceError: the device's memory is too small; says what would fit.
         """

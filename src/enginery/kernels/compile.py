@@ -21,7 +21,7 @@ import torch
 from enginery import env
 from enginery.errors import BuildError
 from enginery.kernels.cpu_features import cpu_flags
-from enginery.private_files import private_directory, refuse_foreign
+from enginery.private_files import PrivateFiles
 
 SOURCES = Path(__file__).parent / "cpp"
 LIBRARY = "kernels.so"
@@ -31,6 +31,7 @@ BINDING = "bind.cpp"
 
 _OPTIONS = ("-O3", "-fPIC", "-fopenmp", "-Wno-maybe-uninitialized", "-Wno-psabi")
 _TIMEOUT_S = 600
+_PRIVATE = PrivateFiles(foreign=BuildError, unusable=BuildError)
 
 Report = Callable[[str], None]
 
@@ -42,14 +43,14 @@ def library(target: tuple[str, ...] = NATIVE, report: Report | None = None) -> P
     or a cache that others may write.
     """
     compiler = _compiler()
-    root = private_directory(env.cache_dir() / "kernels")
+    root = _PRIVATE.directory(env.cache_dir() / "kernels")
     final = root / _fingerprint(compiler, target)
     if not final.exists():
         if report is not None:
             report(f"compiling the CPU kernels with {compiler.name} (once, about ten seconds)")
         _install(compiler, target, root, final)
-    refuse_foreign(final)
-    refuse_foreign(final / LIBRARY)
+    _PRIVATE.require(final)
+    _PRIVATE.require(final / LIBRARY)
     return final / LIBRARY
 
 
