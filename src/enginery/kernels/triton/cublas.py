@@ -18,7 +18,7 @@ import torch
 from enginery.device_facts import path_of
 from enginery.kernels.triton.cublas_choices import Choice, Choices, Family
 from enginery.kernels.triton.cublas_lt import Algorithm, CublasLt, Shape, takes
-from enginery.kernels.triton.float8 import float8_product, scaled
+from enginery.kernels.triton.float8 import float8_product, scaled, unscaled_product
 
 MOST_WORKSPACE = 32 << 20
 """bytes; what torch gives cuBLAS on a Hopper"""
@@ -88,9 +88,7 @@ class Cublas:
     def unscaled(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """input `[M, K]`, weight `[N, K]`, both float8 -> input · weightᵀ `[M, N]` in bfloat16."""
         product, one = self._product(input, weight), self._one(input.device)
-        if product is None:
-            return torch._scaled_mm(input, weight.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return product(input, weight, one, one)
+        return unscaled_product(input, weight, one) if product is None else product(input, weight, one, one)
 
     def float8(
         self,

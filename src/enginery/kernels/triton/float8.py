@@ -59,6 +59,11 @@ def warps(padded: int) -> int:
     return min(max(padded // 512, 1), 16)
 
 
+def number_of(scale: torch.Tensor | None) -> int:
+    """No scale, one or many (2) as kernels are told: were they told how many, each number would be compiled again."""
+    return 0 if scale is None else min(scale.numel(), 2)
+
+
 @triton.jit
 def apply_scales(
     product, row_scale, scale, bias, output, SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr,
@@ -82,7 +87,7 @@ def scaled(
     rows, width = product.shape
     apply_scales[(rows, triton.cdiv(width, BLOCK))](
         product, row_scale, scale.contiguous(), product if bias is None else bias.contiguous(), product,
-        SCALES=min(scale.numel(), 2), HAS_BIAS=bias is not None, WIDTH=width, BLOCK=BLOCK,
+        SCALES=number_of(scale), HAS_BIAS=bias is not None, WIDTH=width, BLOCK=BLOCK,
         **launch_options(product.device),
     )  # fmt: skip
     return product
@@ -107,6 +112,11 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def unscaled_product(input: torch.Tensor, weight: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """input `[M, K]` · weight `[N, K]`ᵀ of float8 -> `[M, N]` in bfloat16; `unit` and sums: see `float8_product`."""
+    return torch._scaled_mm(input, weight.t(), unit, unit, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
 def float8_product(
     input: torch.Tensor,
     input_scale: torch.Tensor,
@@ -129,5 +139,4 @@ def float8_product(
         )
         result = result if bias is None else result.add_(bias)
         return result.to(dtype)
-    product = torch._scaled_mm(input, weight.t(), unit, unit, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return scaled(product, input_scale, scale, bias)
+    return scaled(unscaled_product(input, weight, unit), input_scale, scale, bias)

@@ -11,20 +11,14 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 
 from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
 from enginery.kernels.triton.cublas import Cublas
 from enginery.kernels.triton.float8 import quantised
+from enginery.kernels.triton.hopper import hopper_gated
 from enginery.kernels.triton.linear import FEW_FEATURES, skinny_linear, skinny_norm_linear
 from enginery.kernels.triton.silu_mul import scaled_silu_mul, silu_mul
 from enginery.ops.precision import MULTIPLE
-
-# Gluon is experimental: what was tested with one version may not compile with the next, or be slow.
-if triton.__version__.startswith("3.6."):
-    from enginery.kernels.triton import hopper_gated
-else:
-    hopper_gated = None  # type: ignore[assignment]
 
 MOST_NORMED_ROWS = 1
 """Above this, a norm has a kernel of its own."""
@@ -47,13 +41,12 @@ def linear(
 ) -> torch.Tensor:
     """The contract of `enginery::linear`."""
     rows = _rows(input)
-    if scale is not None and _fits_float8(rows, weight):
-        if rows.shape[0] == 1 and weight.shape[0] <= FEW_FEATURES:
-            result = skinny_linear(rows, weight, bias, scale)
-        else:
-            result = _float8(*quantised(rows), weight, bias, scale, input.dtype, cublas, gated=False)
-    else:
+    if scale is None or not _fits_float8(rows, weight):
         result = _product(rows, weight, bias, scale, cublas, gated=False)
+    elif rows.shape[0] == 1 and weight.shape[0] <= FEW_FEATURES:
+        result = skinny_linear(rows, weight, bias, scale)
+    else:
+        result = _float8(*quantised(rows), weight, bias, scale, input.dtype, cublas, gated=False)
     return result.view(*input.shape[:-1], result.shape[1])
 
 

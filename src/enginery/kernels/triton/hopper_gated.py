@@ -46,7 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from enginery.kernels.triton.float8 import processors_of
+from enginery.kernels.triton.float8 import number_of, processors_of
 from enginery.ops.precision import FLOAT8
 
 HALF: gl.constexpr = gl.constexpr(64)
@@ -285,7 +285,7 @@ def gated_linear(
         TensorDescriptor.from_tensor(input, [PIECE.value, block_k], layout),
         *pointers, output, rows, features, ROWS=padded, PIECES=triton.cdiv(rows, PIECE.value),
         STEPS=depth // block_k, STAGES=RING // ((2 * HALF.value + padded) * LINE),
-        SCALES=0 if scale is None else min(scale.numel(), 2), HAS_BIAS=bias is not None,
+        SCALES=number_of(scale), HAS_BIAS=bias is not None,
         num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
     )  # fmt: skip
     return output

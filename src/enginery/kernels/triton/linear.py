@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from enginery.kernels.triton.dependent_launch import launch_options, wait_with_weights
+from enginery.kernels.triton.float8 import number_of
 
 H200_SHARED_MEMORY = 227 << 10
 """Bytes that a program may have there."""
@@ -228,7 +229,7 @@ def skinny_linear(
         "BLOCK_K": tiles.block_k,
         "STAGES": tiles.num_stages,
         "GATED": gated,
-        "SCALES": 0 if scale is None else min(scale.numel(), 2),  # one or many, not how many: that would compile again
+        "SCALES": number_of(scale),
         "INPUT_SCALES": input_scale is not None,
         "HAS_BIAS": bias is not None,
         "AHEAD": bytes_ahead(weight),

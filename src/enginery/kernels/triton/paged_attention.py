@@ -27,12 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from enginery.errors import UnsupportedError
 from enginery.kernels.triton.attention_kernels import attend_long, attend_short, write_cache
-
-# Gluon is experimental: what was tested with one version may not compile with the next, or be slow.
-if triton.__version__.startswith("3.6."):
-    from enginery.kernels.triton import hopper_prompts
-else:
-    hopper_prompts = None  # type: ignore[assignment]
+from enginery.kernels.triton.hopper import hopper_prompts
 
 ARRIVALS = 1 << 16
 """Counters that all calls share: 256 KiB for 2,048 sequences of 32 kv heads."""

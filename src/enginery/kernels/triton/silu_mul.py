@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from enginery.kernels.triton.dependent_launch import launch_options, wait
+from enginery.kernels.triton.float8 import number_of
 
 BLOCK = 1024
 """outputs of one program"""
@@ -62,7 +63,7 @@ def scaled_silu_mul(
     output = product.new_empty(rows, width, dtype=dtype)
     gate[(rows, triton.cdiv(width, BLOCK))](
         product, row_scale, scale.contiguous(), product if bias is None else bias.contiguous(), output,
-        product.stride(0), SCALES=min(scale.numel(), 2), HAS_BIAS=bias is not None, WIDTH=width, BLOCK=BLOCK,
+        product.stride(0), SCALES=number_of(scale), HAS_BIAS=bias is not None, WIDTH=width, BLOCK=BLOCK,
         **launch_options(product.device),
     )  # fmt: skip
     return output
