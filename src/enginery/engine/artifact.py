@@ -13,7 +13,7 @@ import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ import torch
 from enginery.engine.digest import file_digests
 from enginery.engine.manifest import NAME, REBUILD, FileEntry, Manifest, read_manifest
 from enginery.engine.memory import caches
-from enginery.engine.protocol import NETWORK_INPUTS
+from enginery.engine.protocol import NETWORK_INPUTS, Progress
 from enginery.engine.storage import errors_told, replacing, write_file
 from enginery.engine.weights_file import Layout, WeightWriter, map_weights
 from enginery.errors import EngineFileError, NetworkError, UsageError
@@ -33,8 +33,6 @@ from enginery.network import Network
 NETWORK = "network.txt"
 KERNELS = "kernels"
 WEIGHTS = "weights-"
-Report = Callable[[str, int, int], None]
-"""stage, done, total"""
 MAX_NETWORK_BYTES = 256 << 20
 
 _SPARE_BYTES = 16 << 20
@@ -122,7 +120,7 @@ class Artifact:
     network: Network
 
     @contextmanager
-    def verifying_weights(self, report: Report | None = None) -> Iterator[None]:
+    def verifying_weights(self, report: Progress | None = None) -> Iterator[None]:
         """Verifies the weight files beside what the block does, which ends when both have ended.
 
         Raises EngineFileError, also in the place of what the block raises: that may follow from a damaged file.

@@ -23,12 +23,12 @@ import torch
 
 from enginery.engine.code_cache import CodeCache
 from enginery.engine.native import build_library, compiler
+from enginery.engine.protocol import Progress
 from enginery.engine.regions import Region
 from enginery.errors import BuildError
 from enginery.kernels.table import TABLE
 from enginery.network import Dim, Network
 
-Report = Callable[[str, int, int], None]
 Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 EXAMPLE_SIZES = {"cpu": (7, 3, 5, 11, 13, 17, 19, 23), "cuda": (251, 67, 71, 73, 79, 83, 89, 97)}
@@ -45,7 +45,7 @@ class Compilation:
     for a GPU all of it there. `wait` gives the packages.
     """
 
-    def __init__(self, cache: CodeCache, device: str, report: Report | None = None) -> None:
+    def __init__(self, cache: CodeCache, device: str, report: Progress | None = None) -> None:
         self._cache = cache
         self._device = torch.device(device)
         self._report = report or (lambda stage, done, total: None)

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 
-from enginery import env
+from enginery import env, ops
 from enginery.engine.artifact import Artifact, open_artifact
 from enginery.engine.code_cache import CodeCache, fingerprint
 from enginery.engine.compile import Compilation, Run, load
@@ -25,7 +25,7 @@ from enginery.engine.graphs import GraphedStep, LaunchedStep, empty_step, larges
 from enginery.engine.inputs import InputBuffer, StepShape
 from enginery.engine.manifest import Facts, Manifest
 from enginery.engine.memory import TOO_LARGE, MemoryPlan, caches, measured_plan, plan_memory, pool_shape
-from enginery.engine.protocol import EngineLimits, StepInputs
+from enginery.engine.protocol import EngineLimits, Progress, StepInputs
 from enginery.engine.regions import Outline, outline
 from enginery.engine.steps import CompiledStep, EagerStep, HostStep, Step
 from enginery.engine.transfer import Transfer
@@ -33,9 +33,6 @@ from enginery.engine.warming import warm
 from enginery.errors import EngineryWarning, ResourceError, StepError, UsageError
 from enginery.kernels.table import TABLE, Row
 from enginery.network import Network, Tensor
-
-Progress = Callable[[str, int, int], None]
-"""stage, done, total (0: unknown)"""
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class Engine:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         try:
-            launched.run(shape)
+            ops.greatest(launched.run(shape))  # what a sampler asks first: no request waits for its kernel
         except StepError as error:
             raise ResourceError(
                 f"a step of {shape.tokens} tokens does not run: {error}",

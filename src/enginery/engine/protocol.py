@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +26,9 @@ class EngineLimits:
     step_sizes: tuple[int, ...] = ()
     """Numbers of tokens, rising, that a step of prompts beside many other sequences is padded to; empty: none."""
 
+
+Progress = Callable[[str, int, int], None]
+"""stage, done, total (0: unknown)"""
 
 NETWORK_INPUTS = (
     "token_ids", "positions", "slot_mapping", "block_tables", "query_start", "seq_lens", "logits_indices",

@@ -33,9 +33,6 @@ def register() -> None:
     _LIBRARY.impl("greatest", partial(greatest, arrivals=arrivals), "CUDA")
     _LIBRARY.impl("add_rms_norm", add_rms_norm, "CUDA")
     _LIBRARY.impl("silu_mul", silu_mul, "CUDA")
-    # No region has it, so no step compiles it before the first that is sampled, for which a request waits.
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        greatest(torch.zeros(1, 16, device=device, dtype=dtype), arrivals=arrivals)
 
 
 def measuring() -> AbstractContextManager[None]:
