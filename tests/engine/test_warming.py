@@ -14,6 +14,7 @@ import torch._inductor.config
 from tests.engine.decoder import Decoder, imported, reader
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from enginery import ops
 from enginery.engine import warming
 from enginery.engine.buckets import Buckets
 from enginery.engine.builder import build
@@ -67,8 +68,8 @@ def test_warming_makes_the_calls_of_compiled_steps(compiled: Engine) -> None:
     with Calls() as run:
         for shape in shapes:
             buffer.send(empty_step(), shape)
-            launched.run(shape)
-    assert run.names == {"enginery::paged_attention", "enginery::packed_linear"}
+            ops.greatest(launched.run(shape))  # as a sampler does
+    assert run.names == {"enginery::paged_attention", "enginery::packed_linear", "enginery::greatest"}
     assert warmed.made == run.made
 
 
@@ -95,10 +96,11 @@ def test_warming_goes_on_where_memory_is_too_small_for_a_shape(
 ) -> None:
     rows: list[int] = []
 
-    def too_large(_: Any, inputs: warming.Values) -> None:
+    def too_large(_: Any, inputs: warming.Values) -> torch.Tensor:
         rows.append(len(inputs["token_ids"]))
         if len(inputs["token_ids"]) > 32:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(1, 2)
 
     monkeypatch.setattr(warming.OperatorStep, "__call__", too_large)
     warm(compiled.regions, compiled.plan)

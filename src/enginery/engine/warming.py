@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from enginery import ops
 from enginery.engine.buckets import MAX_TOKENS, Buckets
 from enginery.engine.graphs import empty_step, largest_step
 from enginery.engine.inputs import InputBuffer, StepShape, gathered
@@ -55,7 +56,7 @@ def _run_usual_steps(outline: Outline, plan: MemoryPlan) -> None:
     for shape in shapes:
         buffer.send(empty_step(), shape)
         with suppress(torch.OutOfMemoryError):  # a smaller one may fit
-            step(gathered(buffer.views(shape)))
+            ops.greatest(step(gathered(buffer.views(shape))))  # which a sampler asks for first
 
 
 def _large_steps(limits: EngineLimits) -> Iterator[StepShape]:
@@ -84,7 +85,8 @@ class OperatorStep:
         self._fixed = fixed
         self._calls = [(region, region.network.to_graph_module(device)) for region in outline.regions]
 
-    def __call__(self, inputs: Values) -> None:
+    def __call__(self, inputs: Values) -> torch.Tensor:
+        """Logits."""
         results: dict[Tensor, torch.Tensor] = {}
 
         def value_of(tensor: Tensor) -> torch.Tensor:
@@ -96,6 +98,8 @@ class OperatorStep:
             given = run(*map(value_of, region.bindings))
             # As compiled regions give them.
             results.update((tensor, value.contiguous()) for tensor, value in zip(region.results, given, strict=True))
+        (logits,) = (value for tensor, value in results.items() if tensor.is_output)
+        return logits
 
 
 __all__ = ["OperatorStep", "warm"]
