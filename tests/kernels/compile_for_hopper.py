@@ -119,7 +119,18 @@ def check_stream(metadata: Any, code: str, log: str) -> None:
     assert "DEPBAR.LE gsb0, 0x1" in code
 
 
-CHECKS = {"attend_prompts": check_overlap, "linear_gated": check_stream}
+def check_row(metadata: Any, code: str, log: str) -> None:
+    """Two programs share a multiprocessor. One warp lets the next kernel in and copies weights before it waits for
+    anybody; the others ask for what no kernel writes, wait, and only then store."""
+    assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}, log
+    [registers] = map(int, re.findall(r"Used (\d+) registers", log))
+    assert 2 * metadata.num_warps * 32 * registers <= 65536, registers
+    assert 2 * (metadata.shared + 1024) <= 228 << 10, metadata.shared
+    events = "".join(EVENTS[event] for event in re.findall("UTMALDG|ACQBULK|PREEXIT|STG", code))
+    assert re.fullmatch(r"nc+ws+", events), events
+
+
+CHECKS = {"attend_prompts": check_overlap, "linear_gated": check_stream, "linear_row": check_row}
 
 
 def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -179,6 +190,17 @@ def check_gated(numbers: Sequence[int]) -> None:
         )
 
 
+def check_rows(depths: Sequence[int]) -> None:
+    """Of one row, for Hopper."""
+    for depth, dtype in itertools.product(depths, (torch.bfloat16, torch.float8_e4m3fn)):
+        weight = make(2 * 8455, depth, dtype=dtype)
+        scale = make(2 * 8455, dtype=torch.float32) if dtype.itemsize == 1 else None
+        fused_linear.hopper_row.row_linear(make(1, depth), weight, None, scale)
+        fused_linear.hopper_row.norm_row_linear(
+            make(1, depth), make(1, depth), make(depth), 1e-5, weight, make(2 * 8455), scale, gated=True
+        )
+
+
 def check_greatest(vocabularies: Sequence[int]) -> None:
     for size, dtype in itertools.product(vocabularies, (torch.float32, torch.bfloat16)):
         greatest.greatest(make(64, size, dtype=dtype))
@@ -193,11 +215,13 @@ def main(few: bool) -> None:
     if few:
         check_attention(((1, 1, 32), (300, 200, 512), (512, 1, 32)))
         check_linears((1, 128, 256))
+        check_rows((4096,))
     else:
         decoding = ((1, 1, 32), (1, 1, 2048), (8, 8, 32), (32, 32, 128), (48, 48, 512), (256, 256, 512))
         check_attention((*decoding, (300, 256, 512), (512, 32, 128), (8192, 1, 512)))
         check_linears((1, 3, 16, 32, 64, 128, 256))
         check_gated((64, 128))
+        check_rows((512, 4096, 5120, 8192, 14336))
     print(*sorted({kernel.__name__ for kernel, *_ in compiled}))
 
 

@@ -15,7 +15,7 @@ import torch
 from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
 from enginery.kernels.triton.cublas import Cublas
 from enginery.kernels.triton.float8 import quantised
-from enginery.kernels.triton.hopper import hopper_gated
+from enginery.kernels.triton.hopper import hopper_gated, hopper_row
 from enginery.kernels.triton.linear import FEW_FEATURES, skinny_linear, skinny_norm_linear
 from enginery.kernels.triton.silu_mul import scaled_silu_mul, silu_mul
 from enginery.ops.precision import MULTIPLE
@@ -41,7 +41,9 @@ def linear(
 ) -> torch.Tensor:
     """The contract of `enginery::linear`."""
     rows = _rows(input)
-    if scale is None or not _fits_float8(rows, weight):
+    if hopper_row is not None and hopper_row.takes(rows, weight):
+        result = hopper_row.row_linear(rows, weight, bias, scale)
+    elif scale is None or not _fits_float8(rows, weight):
         result = _product(rows, weight, bias, scale, cublas, gated=False)
     elif rows.shape[0] == 1 and weight.shape[0] <= FEW_FEATURES:
         result = skinny_linear(rows, weight, bias, scale)
@@ -65,7 +67,9 @@ def norm_linear(
     """The contract of `enginery::norm_linear`."""
     rows = _rows(input)
     others = residual.reshape(rows.shape)
-    if scale is None and _is_skinny(rows, weight, MOST_NORMED_ROWS):
+    if hopper_row is not None and hopper_row.takes(rows, weight):
+        result, total = hopper_row.norm_row_linear(rows, others, norm_weight, eps, weight, bias, scale, gated=gated)
+    elif scale is None and _is_skinny(rows, weight, MOST_NORMED_ROWS):
         result, total = skinny_norm_linear(rows, others, norm_weight, eps, weight, bias, gated=gated)
     elif scale is not None and _fits_float8(rows, weight):
         normed, scales, total = add_rms_norm_float8(rows, others, norm_weight, eps)
