@@ -1,9 +1,9 @@
 """`enginery::linear` and `enginery::norm_linear` on NVIDIA GPUs: which kernels do them, by rows and weight dtype.
 
 Few rows (decoding) go to our kernels, which are bound by the bytes of the weight; more to cuBLAS, with the norm before
-and the gate behind as kernels of their own. Between them, gated products of up to 128 rows have a kernel of
-theirs on Hopper GPUs. One row of 16 bits takes its norm into the product. One row for a weight of 8 bits and few
-features is not rounded: that would take a kernel, and save none of the bytes that count.
+and the gate behind as kernels of their own. On Hopper GPUs there are two more: for one row, with norm and gate inside,
+and for gated products of up to 128 rows. One row is not rounded for weights of 8 bits where a kernel can do without:
+that would take a kernel of its own, and save none of the bytes that count.
 """
 
 from __future__ import annotations
