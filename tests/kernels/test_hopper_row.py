@@ -25,7 +25,9 @@ if kernels.hopper_row is None:
 hopper_row = kernels.hopper_row
 
 EPS = 1e-5
-DTYPES = [torch.bfloat16, torch.float16, FLOAT8]
+HALF = torch.float16
+KINDS = [(torch.bfloat16, torch.bfloat16), (HALF, HALF), (torch.bfloat16, FLOAT8), (HALF, FLOAT8)]
+"""dtypes of the row and of the weight"""
 
 
 # When it is chosen
@@ -47,8 +49,13 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_row, "is_hopper", lambda device: True)
 
 
-def test_other_gpus_have_the_general_kernels() -> None:
-    assert not takes()
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_gpus_have_the_general_kernels(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    weight = SimpleNamespace(dtype=torch.bfloat16)
+    row = SimpleNamespace(shape=(1, 4096), device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert not hopper_row.takes(row, weight)
+    assert not takes()  # nor has a device that is none
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -82,6 +89,10 @@ def test_it_takes_weights_that_tma_can_address() -> None:
     assert hopper_row.takes(input, data[place:].as_strided((64, 512), (512, 1)))
     assert not hopper_row.takes(input, data[place + 4 :].as_strided((64, 512), (512, 1)))
     assert not hopper_row.takes(input, data[place:].as_strided((64, 512), (520, 1)))
+    # Torch calls a single row contiguous, whatever its stride.
+    assert hopper_row.takes(input, data[place:].as_strided((1, 512), (512, 1)))
+    assert not hopper_row.takes(input, data[place:].as_strided((1, 512), (513, 1)))
+    assert not hopper_row.takes(input, data[place:].as_strided((0, 512), (512, 1)))
 
 
 @pytest.fixture
@@ -123,6 +134,15 @@ def test_more_rows_go_elsewhere(calls: list[tuple[Any, ...]]) -> None:
     assert calls == []
 
 
+def test_another_triton_keeps_to_the_general_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "hopper_row", None)
+    input, weight = torch.randn(1, 512, device=DEVICE).bfloat16(), torch.randn(64, 512, device=DEVICE).bfloat16()
+    assert kernels.linear(input, weight, cublas=Cublas()).shape == (1, 64)
+    norm_weight = torch.ones(512, device=DEVICE).bfloat16()
+    found, _ = kernels.norm_linear(input, input, norm_weight, EPS, weight, gated=True, cublas=Cublas())
+    assert found.shape == (1, 32)
+
+
 # What it computes
 
 
@@ -156,22 +176,22 @@ class Operands(NamedTuple):
         return torch.cat((result, total), 1) if norm else result
 
 
-def draw(
-    features: int, depth: int, dtype: torch.dtype, *, has_bias: bool = False, scales: int | None = None
-) -> Operands:
-    """`features`: of the weight. What lies behind the operands is NaN."""
+Kind = tuple[torch.dtype, torch.dtype]
+
+
+def draw(features: int, depth: int, kind: Kind, *, has_bias: bool = False, scales: int | None = None) -> Operands:
+    """`features`: of the weight. What lies before and behind the operands is NaN."""
     if not hopper_row.is_hopper(DEVICE):
         pytest.skip("needs compute capability 9.0")
-    wide = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    wide, dtype = kind
     rows = torch.full((3, 2 * depth), torch.nan, device=DEVICE, dtype=wide)
     rows[:, :depth] = torch.randn(3, depth, device=DEVICE)
-    weight = torch.randn(features + 64, depth, device=DEVICE)
-    weight = weight if dtype == FLOAT8 else weight / depth**0.5
-    weight[features:] = torch.nan
+    weight = torch.full((features + 64, depth), torch.nan, device=DEVICE)
+    weight[32:-32] = torch.randn(features, depth, device=DEVICE) / (1 if dtype == FLOAT8 else depth**0.5)
     bias = torch.randn(features, device=DEVICE).to(wide) if has_bias else None
     scale = (0.5 + torch.rand(scales or features, device=DEVICE)) / depth**0.5 if dtype == FLOAT8 else None
     input, residual, norm_weight = (row[:depth] for row in rows)
-    operands = Operands(input[None], residual[None], norm_weight, weight.to(dtype)[:features], bias, scale)
+    operands = Operands(input[None], residual[None], norm_weight, weight.to(dtype)[32:-32], bias, scale)
     # The kernel does not wait for what writes weights.
     torch.cuda.synchronize()
     return operands
@@ -188,69 +208,82 @@ def compare(operands: Operands, *, norm: bool, gated: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("norm", "gated"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("features", "depth"), [(6144, 4096), (4096, 14336), (28672, 4096), (128256, 1024)])
-def test_layers_of_decoders(features: int, depth: int, norm: bool, gated: bool, dtype: torch.dtype) -> None:
-    compare(draw(features, depth, dtype, has_bias=gated), norm=norm, gated=gated)
+def test_layers_of_decoders(features: int, depth: int, norm: bool, gated: bool, kind: Kind) -> None:
+    compare(draw(features, depth, kind, has_bias=gated), norm=norm, gated=gated)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("features", [2, 14, 16, 18, 130, 1000, 4226, 8456])
 @pytest.mark.parametrize("gated", [False, True])
-def test_features_that_do_not_fill_a_tile(features: int, gated: bool, dtype: torch.dtype) -> None:
-    compare(draw(features, 1024, dtype, has_bias=True), norm=True, gated=gated)
+def test_features_that_do_not_fill_a_tile(features: int, gated: bool, kind: Kind) -> None:
+    compare(draw(features, 1024, kind, has_bias=True), norm=True, gated=gated)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("blocks", [1, 2, 3, 6, 7, 13, 32])
-def test_depths_of_few_steps_and_of_many(blocks: int, dtype: torch.dtype) -> None:
+def test_depths_of_few_steps_and_of_many(blocks: int, kind: Kind) -> None:
     """Odd numbers of steps, fewer than the ring has slots, and more."""
-    compare(draw(5000, blocks * 512 // dtype.itemsize, dtype), norm=False, gated=False)
-    compare(draw(5000, blocks * 512 // dtype.itemsize, dtype), norm=True, gated=True)
+    depth = blocks * 512 // kind[1].itemsize
+    compare(draw(5000, depth, kind), norm=False, gated=False)
+    compare(draw(5000, depth, kind), norm=True, gated=True)
 
 
 @pytest.mark.gpu
 def test_the_deepest_row() -> None:
-    for dtype in DTYPES:
-        compare(draw(300, hopper_row.DEEPEST, dtype), norm=True, gated=False)
+    for kind in KINDS:
+        compare(draw(300, hopper_row.DEEPEST, kind), norm=True, gated=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_operands_that_lie_otherwise(kind: Kind) -> None:
+    """Every second number of a longer row, a row between two boundaries of 16 bytes, and a norm in float32."""
+    operands = draw(1000, 1024, kind)
+    apart = torch.full((1, 2048), torch.nan, device=DEVICE, dtype=kind[0])
+    shifted = torch.full((1, 1025), torch.nan, device=DEVICE, dtype=kind[0])
+    apart[:, ::2], shifted[:, 1:] = operands.input, operands.residual
+    others = operands._replace(input=apart[:, ::2], residual=shifted[:, 1:], norm_weight=operands.norm_weight.float())
+    assert torch.equal(others.run(norm=True, gated=True), operands.run(norm=True, gated=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True])
 def test_one_scale_for_all_features(gated: bool) -> None:
-    compare(draw(998, 1024, FLOAT8, has_bias=True, scales=1), norm=True, gated=gated)
+    compare(draw(998, 1024, (torch.bfloat16, FLOAT8), has_bias=True, scales=1), norm=True, gated=gated)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gates_far_from_zero(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_gates_far_from_zero(kind: Kind) -> None:
     """Their exponentials overflow."""
-    operands = draw(1280, 1024, dtype)
+    operands = draw(1280, 1024, kind)
     bias = torch.zeros(1280, device=DEVICE)
     bias[:640:2], bias[1:640:2] = -300.0, 300.0
     compare(operands._replace(bias=bias), norm=False, gated=True)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_calls_repeat_to_the_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_calls_repeat_to_the_bit(kind: Kind) -> None:
     """A copying warp and others share memory: a race would show here, if not always."""
-    operands = draw(28672, 4096, dtype)
+    operands = draw(28672, 4096, kind)
     first = operands.run(norm=True, gated=True)
     for _ in range(50):
         assert torch.equal(operands.run(norm=True, gated=True), first)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_chain_in_a_graph_reads_what_was_written_before(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_chain_in_a_graph_reads_what_was_written_before(kind: Kind) -> None:
     """Launches overlap over several kernels, and every replay has another input: a value that an earlier one left would
     show. Weights that fit into the ring let the kernels behind them in before their own row is there."""
     sizes = [(2048, 2048), (4096, 2048), (2048, 2048), (2048, 2048)] * 3
-    layers = [draw(features, depth, dtype) for features, depth in sizes]
+    layers = [draw(features, depth, kind) for features, depth in sizes]
     source = torch.zeros_like(layers[0].input)
 
     def chain() -> torch.Tensor:

@@ -19,6 +19,9 @@ def linear_reference(
     With a scale, float32 `[N]` or `[1]`, the weight is float8_e4m3fn and stands for weight · scale. Then the product
     is summed in float32 (float64 for float64) and rounded once, to the input's dtype; and a kernel may round the input
     to float8 before, each row by a scale of its own, max|row| / 448. The reference does not.
+
+    A kernel may read weights while those before it still run: weights are constants of the network, or were written
+    earlier than by the step's last kernels.
     """
     if scale is None:
         return torch.nn.functional.linear(input, weight, bias)

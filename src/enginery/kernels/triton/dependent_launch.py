@@ -7,7 +7,7 @@ start and its last ones end. So a kernel may start before the one ahead of it ha
 - A short kernel lets its successor start at once (`gdc_launch_dependents`). A product does not: programs that come in
   beside the last ones of a long kernel crowd where room is first, and the others wait for them (136 instead of 125 µs
   for a layer of 8 rows on an H200). The one of `hopper_gated.py`, whose programs all run at once, does so behind its
-  last loads; that of `hopper_row.py`, whose programs leave no room beside them, when it starts.
+  last loads; that of `hopper_row.py`, whose programs leave little room beside them, when it starts.
 - While a product waits, it asks the L2 cache for the beginning of its weights: a hint, which cannot read what has yet
   to be written.
 

@@ -3,7 +3,7 @@
 Few rows (decoding) go to our kernels, which are bound by the bytes of the weight; more to cuBLAS, with the norm before
 and the gate behind as kernels of their own. On Hopper GPUs there are two more: for one row, with norm and gate inside,
 and for gated products of up to 128 rows. One row is not rounded for weights of 8 bits where a kernel can do without:
-that would take a kernel of its own, and save none of the bytes that count.
+rounding would take a kernel of its own, and save none of the bytes that count.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Ring(NamedTuple):
 
 @gluon.jit
 def locate(ring, step):
-    """(slot of a step, parity of the round in which the step has it)"""
+    """(slot of a step, parity of the turn in which the step has it)"""
     STAGES: gl.constexpr = ring.full.shape[0]
     return step % STAGES, step // STAGES & 1
 

@@ -38,7 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from enginery.kernels.triton.float8 import number_of, processors_of
-from enginery.kernels.triton.hopper_gated import is_hopper
+from enginery.kernels.triton.hopper_gated import is_hopper, locate
 from enginery.ops.precision import FLOAT8
 
 HALF: gl.constexpr = gl.constexpr(8)
@@ -48,7 +48,7 @@ WIDTH: gl.constexpr = gl.constexpr(256)
 SWIZZLE: gl.constexpr = gl.constexpr(128)
 """Bytes of each row that a copy brings; those that bring whole rows of a step were slower by 1 %."""
 STEPS = 2
-"""In a slot of the ring, if the depth is a multiple of them: a barrier of all warps for each."""
+"""In a slot of the ring, if the depth is a multiple of them: each slot costs barriers of all warps."""
 PROGRAMS = 2
 """For each multiprocessor."""
 SHARED_MEMORY = 110 << 10
@@ -58,7 +58,8 @@ REGISTERS = 128
 COPYING: gl.constexpr = gl.constexpr(24)
 """Of a thread that copies; those that multiply get what it gives."""
 DEEPEST = 16384
-"""Numbers of a row: each thread that multiplies loads its share of them at once."""
+"""Numbers of a row: each thread that multiplies loads its share of them at once. Of so many, some do not stay in
+registers where a norm is in float32."""
 
 
 class Layer(NamedTuple):
@@ -105,13 +106,6 @@ def first_feature(layer, tile, half):
     if layer.GATED:
         return tile * HALF + half * layer.features
     return (2 * tile + half) * HALF
-
-
-@gluon.jit
-def locate(ring, done):
-    """(slot of the next round, parity of the turn in which the round has it)"""
-    STAGES: gl.constexpr = ring.full.shape[0]
-    return done % STAGES, done // STAGES & 1
 
 
 @gluon.jit
@@ -258,7 +252,9 @@ def takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and input.element_size() == 2
         and weight.dtype in (input.dtype, FLOAT8)
         and weight.is_contiguous()
-        and 0 < depth <= DEEPEST
+        and weight.stride(0) == depth
+        and weight.numel() > 0
+        and depth <= DEEPEST
         and depth * weight.element_size() % (2 * WIDTH.value) == 0
         and weight.data_ptr() % 16 == 0
     )
