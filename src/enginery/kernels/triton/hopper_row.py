@@ -20,11 +20,11 @@ A layer of an 8B decoder with its attention, in µs on an H200; beside it `linea
     bfloat16     111.0 (120.6)     113.3 (122.2)     123.5 (131.0)
     float8        68.6  (73.5)      70.8  (76.0)      82.1  (86.0)
 
-Measured to lose: letting the next kernel in behind the last copies (1.2 more in bfloat16, 3.8 at the longest context);
-the same number of tiles for each program (0.8 more); rings so small that the next kernel's programs fit beside them (24
-more); eight warps that multiply (3 more); products of two weights of 8 bits at once, in float16: a third less to do for
-the float32 units, and no less time. The same stream for 8 to 64 rows, multiplied by the matrix units, takes 7 to 20 %
-more than `linear_tiles`.
+Measured to lose (`benchmarks/results/gpu_kernels.json`): letting the next kernel in behind the last copies (1.2 more in
+bfloat16, 3.8 at the longest context); the same number of tiles for each program (0.8 more); rings so small that the next
+kernel's programs fit beside them (16 more); eight warps that multiply (3 more); products of two weights of 8 bits at
+once, in float16: a third less to do for the float32 units, and no less time. The same stream for 8 to 64 rows,
+multiplied by the matrix units, takes 4 to 17 % more for a layer than `linear_tiles`.
 """
 
 from typing import NamedTuple
@@ -46,7 +46,8 @@ HALF: gl.constexpr = gl.constexpr(8)
 WIDTH: gl.constexpr = gl.constexpr(256)
 """Numbers of 16 bits that a step takes of each feature; weights of 8 bits are copied two as one."""
 SWIZZLE: gl.constexpr = gl.constexpr(128)
-"""Bytes of each row that a copy brings; those that bring whole rows of a step were slower by 1 %."""
+"""Bytes of each row that a copy brings; those that bring whole rows of a step took 2 % more for a
+layer in bfloat16."""
 STEPS = 2
 """In a slot of the ring, if the depth is a multiple of them: each slot costs barriers of all warps."""
 PROGRAMS = 2
