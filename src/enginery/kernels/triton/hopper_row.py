@@ -21,9 +21,9 @@ A layer of an 8B decoder with its attention, in µs on an H200; beside it `linea
     float8        68.6  (73.5)      70.8  (76.0)      82.1  (86.0)
 
 Measured to lose (`benchmarks/results/gpu_kernels.json`): letting the next kernel in behind the last copies (1.2 more in
-bfloat16, 3.8 at the longest context); the same number of tiles for each program (0.8 more); rings so small that the next
-kernel's programs fit beside them (16 more); eight warps that multiply (3 more); products of two weights of 8 bits at
-once, in float16: a third less to do for the float32 units, and no less time. The same stream for 8 to 64 rows,
+bfloat16, 3.8 at the longest context); the same number of tiles for each program (0.8 more); rings so small that the
+next kernel's programs fit beside them (16 more); eight warps that multiply (3 more); products of two weights of 8 bits
+at once, in float16: a third less to do for the float32 units, and no less time. The same stream for 8 to 64 rows,
 multiplied by the matrix units, takes 4 to 17 % more for a layer than `linear_tiles`.
 """
 
