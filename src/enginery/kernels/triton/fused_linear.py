@@ -9,6 +9,7 @@ rounding would take a kernel of its own, and save none of the bytes that count.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 
@@ -41,7 +42,7 @@ def linear(
 ) -> torch.Tensor:
     """The contract of `enginery::linear`."""
     rows = _rows(input)
-    if hopper_row is not None and hopper_row.takes(rows, weight):
+    if _takes(hopper_row, rows, weight):
         result = hopper_row.row_linear(rows, weight, bias, scale)
     elif scale is None or not _fits_float8(rows, weight):
         result = _product(rows, weight, bias, scale, cublas, gated=False)
@@ -67,7 +68,7 @@ def norm_linear(
     """The contract of `enginery::norm_linear`."""
     rows = _rows(input)
     others = residual.reshape(rows.shape)
-    if hopper_row is not None and hopper_row.takes(rows, weight):
+    if _takes(hopper_row, rows, weight):
         result, total = hopper_row.norm_row_linear(rows, others, norm_weight, eps, weight, bias, scale, gated=gated)
     elif scale is None and _is_skinny(rows, weight, MOST_NORMED_ROWS):
         result, total = skinny_norm_linear(rows, others, norm_weight, eps, weight, bias, gated=gated)
@@ -90,9 +91,9 @@ def _is_skinny(rows: torch.Tensor, weight: torch.Tensor, most: int) -> bool:
     return fits and 0 < rows.shape[0] <= most
 
 
-def _is_for_hopper(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Of a gated product."""
-    return hopper_gated is not None and hopper_gated.takes(rows, weight)
+def _takes(kernel: ModuleType | None, rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Of the kernels for Hopper."""
+    return kernel is not None and kernel.takes(rows, weight)
 
 
 def _product(
@@ -106,7 +107,7 @@ def _product(
 ) -> torch.Tensor:
     if scale is not None:
         weight = _widened(weight, scale, rows.dtype)
-    elif gated and _is_for_hopper(rows, weight):  # not what was just written: it does not wait for weights
+    elif gated and _takes(hopper_gated, rows, weight):  # not what was just written: it does not wait for weights
         return hopper_gated.gated_linear(rows, weight, bias)
     if _is_skinny(rows, weight, most_rows(weight)):
         return skinny_linear(rows, weight, bias, gated=gated)
@@ -125,7 +126,7 @@ def _float8(
     *,
     gated: bool,
 ) -> torch.Tensor:
-    if gated and dtype == torch.bfloat16 and _is_for_hopper(rows, weight):
+    if gated and dtype == torch.bfloat16 and _takes(hopper_gated, rows, weight):
         return hopper_gated.gated_linear(rows, weight, bias, scale, input_scale=row_scale)
     if rows.shape[0] <= most_rows(weight):
         return skinny_linear(rows, weight, bias, scale, input_scale=row_scale, dtype=dtype, gated=gated)

@@ -37,7 +37,6 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -47,6 +46,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from enginery.kernels.triton.float8 import number_of, processors_of
+from enginery.kernels.triton.hopper_barriers import is_hopper, locate, new_barriers
 from enginery.ops.precision import FLOAT8
 
 HALF: gl.constexpr = gl.constexpr(64)
@@ -98,13 +98,6 @@ class Ring(NamedTuple):
     inputs: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
-
-
-@gluon.jit
-def locate(ring, step):
-    """(slot of a step, parity of the turn in which the step has it)"""
-    STAGES: gl.constexpr = ring.full.shape[0]
-    return step % STAGES, step // STAGES & 1
 
 
 @gluon.jit
@@ -219,23 +212,12 @@ def linear_gated(
     BLOCK_K: gl.constexpr = input.block_shape[1]
     weights = gl.allocate_shared_memory(weight.dtype, [STAGES, 2 * HALF, BLOCK_K], weight.layout)
     inputs = gl.allocate_shared_memory(input.dtype, [STAGES, ROWS, BLOCK_K], input.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
-    fence_async_shared()
-    gl.thread_barrier()
+    full, empty = new_barriers(STAGES)
     # Made where they are passed on: an assignment would turn their constants into tensors.
     start_warps(
         Layer(weight, input, scale, input_scale, bias, output, rows, features, PIECES, STEPS, SCALES, HAS_BIAS),
         Ring(weights, inputs, full, empty),
     )
-
-
-def is_hopper(device: torch.device) -> bool:
-    """There are the matrix units that the kernel is written for (`wgmma`)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def takes(input: torch.Tensor, weight: torch.Tensor) -> bool:

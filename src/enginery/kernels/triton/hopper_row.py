@@ -10,7 +10,7 @@ room for a program:
     multiplies  wait for the kernel ahead;  take in its row, normed if wanted;  in each step multiply and add;
                 at the end of a tile the sum of all threads, scales, bias and gate
 
-The rings of an H200 hold 25 MB, 5 µs of reading, which hide attention, a norm, or the beginning of a product. Programs
+The rings of an H200 hold 26 MB, 6 µs of reading, which hide attention, a norm, or the beginning of a product. Programs
 take tiles of 16 features in turns, and the ring runs on from one tile into the next. The ordinary float32 units keep up
 with the memory at one row, for weights of 8 bits, too: these need no rounded row and no kernel that rounds it.
 
@@ -38,7 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from enginery.kernels.triton.float8 import number_of, processors_of
-from enginery.kernels.triton.hopper_gated import is_hopper, locate
+from enginery.kernels.triton.hopper_barriers import is_hopper, locate, new_barriers
 from enginery.ops.precision import FLOAT8
 
 HALF: gl.constexpr = gl.constexpr(8)
@@ -227,13 +227,7 @@ def linear_row(
     """Programs take tiles in turns; `weight` describes blocks `[HALF, WIDTH]`."""
     weights = gl.allocate_shared_memory(weight.dtype, [2 * STEPS * STAGES, HALF, WIDTH], weight.layout)
     row = gl.allocate_shared_memory(input.dtype.element_ty, [PADDED], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
-    fence_async_shared()
-    gl.thread_barrier()
+    full, empty = new_barriers(STAGES)
     # Made where they are passed on: an assignment would turn their constants into tensors.
     start_warps(
         Layer(
@@ -266,16 +260,13 @@ def row_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
-    *,
-    gated: bool = False,
 ) -> torch.Tensor:
     """input `[1, K]`, weight `[N, K]` -> input · (weight · scale)ᵀ + bias `[N]`, `[1, N]`, summed in float32.
 
-    A weight of float8_e4m3fn has a float32 scale, `[1]` or `[N]`. `gated`: silu(first half) · second half of the
-    features, `[1, N / 2]`. The weight must not have been written by the kernels just before: copies of it begin while
-    they may still run.
+    A weight of float8_e4m3fn has a float32 scale, `[1]` or `[N]`. The weight must not have been written by the kernels
+    just before: copies of it begin while they may still run.
     """
-    return _launch(input, None, None, 0.0, weight, bias, scale, gated)[0]
+    return _launch(input, None, None, 0.0, weight, bias, scale, gated=False)[0]
 
 
 def norm_row_linear(
@@ -289,13 +280,16 @@ def norm_row_linear(
     *,
     gated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """total = input + residual, both `[1, K]`; (`row_linear` of norm_weight · total / √(mean(total²) + eps), total)."""
-    return _launch(input, residual, norm_weight, eps, weight, bias, scale, gated)
+    """total = input + residual, both `[1, K]`; (`row_linear` of norm_weight · total / √(mean(total²) + eps), total).
+
+    `gated`: silu(first half) · second half of the features, `[1, N / 2]`.
+    """
+    return _launch(input, residual, norm_weight, eps, weight, bias, scale, gated=gated)
 
 
 def _launch(
     input: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor | None, eps: float,
-    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None, gated: bool,
+    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None, *, gated: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     depth, features = input.shape[1], weight.shape[0] // 2 if gated else weight.shape[0]
     output = input.new_empty(1, features)
