@@ -131,7 +131,23 @@ def check_row(metadata: Any, code: str, log: str) -> None:
     assert re.fullmatch(r"nc+wl[ls]*s", events), events
 
 
-CHECKS = {"attend_prompts": check_overlap, "linear_gated": check_stream, "linear_row": check_row}
+def check_pages(metadata: Any, code: str, log: str) -> None:
+    """Eight programs share a multiprocessor. They wait for the kernel ahead before they load or copy anything, and ask
+    for the first pages before queries; pages are still on their way while others are multiplied."""
+    assert max(map(int, re.findall(r"(\d+) bytes spill", log))) <= 64, log
+    assert 8 * (metadata.shared + 1024) <= 228 << 10, metadata.shared
+    names = {"PREEXIT": "n", "ACQBULK": "w", "LDGSTS": "c", "LDG.E.128": "q", "HMMA": "p"}
+    events = "".join(names[event] for event in re.findall(r"PREEXIT|ACQBULK|LDGSTS|LDG\.E\.128|HMMA", code))
+    assert re.match(r"nw(c{16}){2}q+[cp]", events), events
+    assert "DEPBAR.LE SB0, 0x1" in code
+
+
+CHECKS = {
+    "attend_few": check_pages,
+    "attend_prompts": check_overlap,
+    "linear_gated": check_stream,
+    "linear_row": check_row,
+}
 
 
 def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -139,11 +155,12 @@ def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def attend(
-    tokens: int, sequences: int, columns: int, *, rotary: bool = True, prompts: str = "attend_prompts", **options: Any
+    tokens: int, sequences: int, columns: int, *, rotary: bool = True, general: bool = False, **options: Any
 ) -> None:
+    """`general`: by the kernels for any GPU."""
     gpu = paged_attention.Gpu(132, (9, 0))
     plan = paged_attention.plan_launch(gpu, tokens, sequences, columns * 16, 8, 4, 128, 2)
-    if prompts == "attend_long":
+    if general:
         plan = replace(plan, hopper_programs=0)
     heads = make(tokens, 48 * 128).view(tokens, 48, 128).split((32, 8, 8), 1)
     pools = (make(99, 8, 16, 128), make(99, 8, 16, 128))
@@ -159,7 +176,7 @@ def check_attention(steps: Sequence[tuple[int, int, int]]) -> None:
     """Of (tokens, sequences, columns of the block tables)."""
     for tokens, sequences, columns in steps:
         attend(tokens, sequences, columns)
-    attend(*steps[-1], prompts="attend_long")
+        attend(tokens, sequences, columns, general=True)
     attend(64, 64, 512, rotary=False, window=100, softcap=30.0)
     attend(900, 64, 512, window=100, sinks=make(32), alibi_slopes=make(32, dtype=torch.float32))
 

@@ -20,7 +20,8 @@ from enginery.network import Network, Tensor
 from enginery.network.dim import evaluate
 
 DEFAULT_TOKENS: Mapping[str, int] = {"cpu": 512, "cuda": 8192}
-"""max_num_batched_tokens where the configuration names none"""
+"""max_num_batched_tokens where the configuration names none; on a GPU so many of prompts, beside all that decode: what a
+long prompt leaves over would cost a step of its own"""
 KV_SHARE: Mapping[str, float] = {"cpu": 0.6, "cuda": 0.95}
 """part of what weights and activations leave that the KV cache takes where the configuration names no size"""
 KV_REASONABLE = 4 << 30
@@ -104,7 +105,8 @@ def plan_memory(network: Network, outline: Outline, facts: Facts, config: BuildC
     """Divides the device's memory. Raises ResourceError where not even one sequence fits, with the length that
     would.
     """
-    tokens = config.max_num_batched_tokens or DEFAULT_TOKENS[device]
+    default = DEFAULT_TOKENS[device] + (config.max_num_seqs if device == "cuda" else 0)
+    tokens = config.max_num_batched_tokens or default
     wanted = config.max_model_len or facts.max_position_embeddings
     if wanted > facts.max_position_embeddings:
         raise UsageError(

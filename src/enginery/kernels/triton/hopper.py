@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 
 if triton.__version__.startswith("3.6."):
-    from enginery.kernels.triton import hopper_gated, hopper_prompts, hopper_row
+    from enginery.kernels.triton import hopper_decode, hopper_gated, hopper_prompts, hopper_row
 else:
-    hopper_gated = hopper_prompts = hopper_row = None  # type: ignore[assignment]
+    hopper_decode = hopper_gated = hopper_prompts = hopper_row = None  # type: ignore[assignment]
 
-__all__ = ["hopper_gated", "hopper_prompts", "hopper_row"]
+__all__ = ["hopper_decode", "hopper_gated", "hopper_prompts", "hopper_row"]

@@ -27,138 +27,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from enginery.errors import UnsupportedError
 from enginery.kernels.triton.attention_kernels import attend_long, attend_short, write_cache
-from enginery.kernels.triton.hopper import hopper_prompts
+from enginery.kernels.triton.attention_plan import Gpu, LaunchPlan, plan_launch, power_of_two
+from enginery.kernels.triton.hopper import hopper_decode, hopper_prompts
 
 ARRIVALS = 1 << 16
 """Counters that all calls share: 256 KiB for 2,048 sequences of 32 kv heads."""
 
-SHORT_PIECE = 16
-"""Blocks that a program of *short* may have without holding up the others."""
-
 RAGGED = 8
 """Tiles of queries that are not full for which *long* has programs: each prompt of a step ends in one."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a kernel cuts its work: rows and keys of a tile, warps of a program, stages of its pipeline of loads."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    descriptors: bool = False
-    """*long*: new keys and values come by tensor descriptors (the tensor memory accelerator, from 9.0), if they can."""
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """Everything of a call that is fixed before the GPU sees it; a function of shapes and dtypes alone."""
-
-    decode: bool
-    """As many tokens as sequences: one launch, which writes the cache, too."""
-    short: Tiling
-    long: Tiling
-    splits: int
-    """The most that a sequence's keys are cut into by *short*."""
-    share: int = 1
-    """Blocks of keys that each split gets at least: with fewer, there are fewer splits."""
-    overlap: bool = False
-    """Launch *short* while its predecessor still runs (programmatic dependent launch, from compute capability 9.0)."""
-    hopper_programs: int = 0
-    """Programs of `hopper_prompts.py`, which then has the prompts, if it takes the call; 0: `attend_long` has them."""
-
-    @property
-    def launches(self) -> tuple[str, ...]:
-        """As planned: `attend_long` has what `attend_prompts` does not take."""
-        long = "attend_prompts" if self.hopper_programs else "attend_long"
-        return ("attend_short",) if self.decode else ("write_cache", "attend_short", long)
-
-    def short_tokens(self, groups: int) -> int:
-        """New tokens of a sequence that *short* takes at most."""
-        return self.short.block_m // groups
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is at least `number` and at least 16, the least side of a matrix product."""
-    return max(16, 1 << (number - 1).bit_length())
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a plan depends on."""
-
-    processors: int
-    """multiprocessors"""
-    capability: tuple[int, int]
-    """compute capability"""
-
-    @property
-    def hopper_or_later(self) -> bool:
-        """Launches can overlap, and tiles come by tensor descriptors."""
-        return self.capability >= (9, 0)
-
-    @property
-    def runs_hopper_prompts(self) -> bool:
-        """There are the matrix units that it is written for (`wgmma`), and the Triton that compiles it."""
-        return self.capability == (9, 0) and hopper_prompts is not None
-
-    @property
-    def programs(self) -> int:
-        """Of *short* that fill the GPU, four a multiprocessor: equal contexts gain nothing by more splits than that."""
-        return 4 * self.processors
-
-    @classmethod
-    def of(cls, device: torch.device) -> Gpu:
-        if device.type != "cuda":
-            return cls(1, (0, 0))
-        properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, (properties.major, properties.minor))
-
-
-def plan_launch(
-    gpu: Gpu, tokens: int, sequences: int, capacity: int, kv_heads: int, groups: int, width: int, itemsize: int
-) -> LaunchPlan:
-    """`capacity`: keys that a block table can name; `width`: the larger padded head size; `itemsize`: bytes a number.
-
-    The tiles are the fastest found on an H200 (`benchmarks/gpu_kernels.py --tune`). Decoding wants many small programs,
-    one warp and one page at a time, whose loads hide each other's latency.
-    """
-    rows = power_of_two(groups)
-    if itemsize > 2:
-        short, long = Tiling(rows, 16, 4, 3), Tiling(rows, 16, 4, 2)
-    elif width <= 128:
-        short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 64), 64, 4, 3, gpu.hopper_or_later)
-    else:
-        short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
-    splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n)
-    # One program a multiprocessor: its shared memory holds no second one.
-    on_hopper = gpu.runs_hopper_prompts and width == 128 and itemsize == 2
-    return LaunchPlan(
-        tokens == sequences, short, long, splits, share, gpu.hopper_or_later, gpu.processors if on_hopper else 0
-    )
-
-
-def plan_splits(gpu: Gpu, pairs: int, blocks: int) -> tuple[int, int]:
-    """(most splits, blocks that each has at least) for so many pairs of sequence and kv head of up to `blocks` each.
-
-    Few pairs are cut until they fill the GPU, if that leaves no long pieces. Many fill it by themselves, but contexts
-    differ: a long one, served by a single program, would hold up the step (248 sequences of 343 keys on average and
-    2,138 at most: 153 µs in one piece each, 113 in pieces of at least 512 keys on an H200;
-    `benchmarks/gpu_kernels.py`).
-    """
-    filling = gpu.programs // max(1, pairs)
-    choices = ((4, 8, 8), (2, 16, 8), (1, 8, 16), (0, 4, 32))
-    wanted, share = next((most, least) for bound, most, least in choices if filling >= bound)
-    if filling >= 8 or blocks <= filling * SHORT_PIECE:
-        wanted, share = filling, 1
-    # Powers of two: each number of splits is a kernel that has to be compiled.
-    splits = max(1, min(wanted, blocks // max(4, share), 64))
-    return 1 << (splits.bit_length() - 1), share
 
 
 def new_arrivals(device: torch.device) -> torch.Tensor:
@@ -215,6 +91,10 @@ class Call:
     sinks: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
     angles: tuple[torch.Tensor, torch.Tensor] | None
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, ...]:
+        return self.query, self.key, self.value, self.key_cache, self.value_cache
 
     @property
     def tokens(self) -> int:
@@ -290,7 +170,7 @@ class Call:
         block_size, width = self.value_cache.shape[2], max(self.sizes["PADDED_DK"], self.sizes["PADDED_DV"])
         return plan_launch(
             Gpu.of(self.query.device), self.tokens, self.sequences, self.block_tables.shape[1] * block_size,
-            self.kv_heads, self.groups, width, self.query.element_size(),
+            self.kv_heads, self.groups, width, self.query.element_size(), is_plain=self.is_plain,
         )  # fmt: skip
 
 
@@ -365,6 +245,13 @@ def _attend_short(call: Call, plan: LaunchPlan, output: torch.Tensor, arrivals: 
     if plan.splits > 1:
         partial_sums = output.new_empty(plan.splits, rows, heads, dv, dtype=torch.float32)
         partial_stats = output.new_empty(2, plan.splits, rows, heads, dtype=torch.float32)
+    if plan.hopper_programs and call.is_plain and hopper_decode.takes(*call.operands):
+        hopper_decode.launch(
+            *call.operands, call.slot_mapping, call.block_tables, call.query_start, call.seq_lens, call.scale,
+            call.angles, output, (partial_sums, partial_stats, arrivals), rows, plan.splits, plan.share,
+            decode=plan.decode,
+        )  # fmt: skip
+        return
     padded_groups = triton.next_power_of_2(call.groups)
     attend_short[(call.kv_heads, call.sequences, plan.splits)](
         call.query, call.key, call.value, call.key_cache, call.value_cache, call.slot_mapping, call.block_tables,
@@ -380,10 +267,9 @@ def _attend_short(call: Call, plan: LaunchPlan, output: torch.Tensor, arrivals: 
 
 def _attend_long(call: Call, plan: LaunchPlan, output: torch.Tensor) -> None:
     """Queries and keys are turned already."""
-    heads = (call.query, call.key, call.value, call.key_cache, call.value_cache)
-    if plan.hopper_programs and call.is_plain and hopper_prompts.takes(*heads):
+    if plan.hopper_programs and call.is_plain and hopper_prompts.takes(*call.operands):
         hopper_prompts.launch(
-            *heads, call.block_tables, call.query_start, call.seq_lens, call.scale, output,
+            *call.operands, call.block_tables, call.query_start, call.seq_lens, call.scale, output,
             plan.short_tokens(call.groups), plan.hopper_programs,
         )  # fmt: skip
         return

@@ -1,0 +1,382 @@
+"""Attention of few new tokens on Hopper GPUs, decoding above all: what `attend_short` does, in half the instructions.
+
+A program of one warp has a split of a sequence for a kv head. The memory bounds it only if warps keep up with the pages
+they ask for, and few of them fit a multiprocessor beside their pages. So all is arranged for a short way through:
+
+    ask for the first pages;  queries and the new key, turned by their angles;  the new key's score begins the softmax;
+    in each step: ask for the page after the next, then Q·Kᵀ, softmax, P·V of this one
+
+A page takes 255 instructions, 460 in `attend_short`, and nothing is masked but a ragged end. Which keys a program has
+is in `hopper_splits.py`.
+
+Attention of a batch in µs on an H200, 32 heads over 8 kv heads, beside `attend_short` and the time to read its keys:
+
+    sequences x keys     1 x 193    8 x 193   32 x 193   64 x 193  128 x 193  256 x 193  248 x 343  16 x 8257
+    attend_few              5.5        7.8       11.5       17.3       28.2       52.6       94.0      128.8
+    attend_short            7.0        9.2       14.1       20.4       31.5       59.7      112.9      130.6
+    least                   0.2        1.4        5.7       11.3       22.6       45.3       78.2      121.1
+
+Measured to lose (`benchmarks/results/gpu_kernels.json`): copies by the tensor memory accelerator, which cost each warp
+more instructions than its own (57.9 for 256 x 193); two or four pages a step; more slots.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from enginery.kernels.triton.hopper_splits import (
+    HEAD,
+    LINES,
+    OF_COLUMNS,
+    OF_ROWS,
+    PAGE,
+    PRODUCT,
+    ROWS,
+    Batch,
+    State,
+    clear_row,
+    find_split,
+    list_splits,
+    merge_splits,
+    store_result,
+    store_state,
+)
+from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E
+
+HALF: gl.constexpr = gl.constexpr(64)
+"""Columns that rotary embedding turns into the others."""
+STAGES: gl.constexpr = gl.constexpr(3)
+"""Slots of a page's keys and values. 24 KiB a program: nine of them fit the shared memory of a multiprocessor."""
+NEW: gl.constexpr = gl.constexpr(8)
+"""Rows of a new key, all the same: the least width of a matrix product."""
+LISTED_PROGRAMS = 64
+"""For each kv head: those that look up splits beyond a sequence's first."""
+MOST_PLACED = 32
+"""Sequences for which the grid has a program for each split; of more, splits are listed."""
+
+SWIZZLED: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0]))
+LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
+RIGHT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(1, PRODUCT.value, 2))
+HALVES: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
+"""Of `[.., HALF]`, likewise."""
+
+
+class Ring(NamedTuple):
+    """Slots `[STAGES, PAGE, HEAD]` of keys and values in shared memory."""
+
+    key_slots: gl.shared_memory_descriptor
+    value_slots: gl.shared_memory_descriptor
+
+
+class Heads(NamedTuple):
+    """Two halves of heads, `[rows, HALF]` each."""
+
+    first: gl.tensor
+    second: gl.tensor
+
+
+@gluon.jit
+def copy_page(batch, ring, block, slot):
+    """Starts the copy of a block's keys and values of this kv head."""
+    rows = gl.arange(0, PAGE, gl.SliceLayout(1, LINES))[:, None]
+    columns = gl.arange(0, HEAD, gl.SliceLayout(0, LINES))[None, :]
+    place = (gl.program_id(0) * PAGE + rows) * HEAD + columns
+    block = block.to(gl.int64)
+    keys = batch.key_cache + block * batch.key_block_stride
+    values = batch.value_cache + block * batch.value_block_stride
+    async_copy.async_copy_global_to_shared(ring.key_slots.index(slot), keys + place, cache_modifier=".cg")
+    async_copy.async_copy_global_to_shared(ring.value_slots.index(slot), values + place, cache_modifier=".cg")
+
+
+@gluon.jit
+def load_heads(pointers, inside):
+    """Heads at `pointers [rows, 1]`."""
+    columns = gl.arange(0, HALF, gl.SliceLayout(0, HALVES))[None, :]
+    first = gl.load(pointers + columns, inside, other=0.0)
+    return Heads(first, gl.load(pointers + HALF + columns, inside, other=0.0))
+
+
+@gluon.jit
+def store_heads(pointers, heads, inside):
+    columns = gl.arange(0, HALF, gl.SliceLayout(0, HALVES))[None, :]
+    gl.store(pointers + columns, heads.first, inside)
+    gl.store(pointers + HALF + columns, heads.second, inside)
+
+
+@gluon.jit
+def turn(heads, cos, sin):
+    """Rotary embedding: x·cos + (−second, first)·sin (Su et al., 2021)."""
+    a = heads.first.to(gl.float32)
+    b = heads.second.to(gl.float32)
+    first = a * cos.first.to(gl.float32) - b * sin.first.to(gl.float32)
+    second = b * cos.second.to(gl.float32) + a * sin.second.to(gl.float32)
+    return Heads(first.to(heads.first.dtype), second.to(heads.second.dtype))
+
+
+@gluon.jit
+def attend_page(batch, ring, queries, state, slot, bound, valid, MASKED: gl.constexpr):
+    """Takes a page into the state. MASKED: each row sees the keys before `bound`, and there are `valid` of them; what
+    lies beyond may be NaN, which no weight mends."""
+    scores = gl.zeros([ROWS, PAGE], gl.float32, PRODUCT)
+    scores = mma_v2(queries, ring.key_slots.index(slot).permute((1, 0)).load(RIGHT), scores)
+    if MASKED:
+        scores = gl.where(gl.arange(0, PAGE, OF_COLUMNS)[None, :] < bound[:, None], scores, -float("inf"))
+    peak = gl.maximum(state.maximum, gl.max(scores, 1) * batch.factor)
+    weights = gl.exp2(scores * batch.factor - peak[:, None])
+    decay = gl.exp2(state.maximum - peak)
+    totals = state.totals * decay[:, None] + weights
+    values = ring.value_slots.index(slot).load(RIGHT)
+    if MASKED:
+        inside = gl.arange(0, PAGE, gl.SliceLayout(1, RIGHT))[:, None] < valid
+        values = gl.where(inside, values, gl.zeros_like(values))
+    weights = gl.convert_layout(weights.to(values.dtype), LEFT)
+    return State(mma_v2(weights, values, state.sums * decay[:, None]), peak, totals)
+
+
+@gluon.jit
+def write_cache(batch, slot, key, value):
+    """Puts a new key and value where the cache has room for them."""
+    place = (gl.program_id(0) * PAGE + slot % PAGE) * HEAD
+    row = gl.arange(0, 1, gl.SliceLayout(1, HALVES))[:, None]
+    store_heads(batch.key_cache + slot // PAGE * batch.key_block_stride + place + row, key, slot >= 0)
+    store_heads(batch.value_cache + slot // PAGE * batch.value_block_stride + place + row, value, slot >= 0)
+
+
+@gluon.jit
+def attend_new(batch, rows, queries, state, key, values):
+    """The state of nothing but a new key `[1, HEAD]`; `rows [NEW, HEAD]` of shared memory are free, `values` points at
+    its value. It comes first, for then there is nothing to scale."""
+    blank = gl.zeros([NEW, HALF], key.first.dtype, HALVES)
+    rows.slice(0, HALF, 1).store(gl.broadcast(key.first, blank)[0])
+    rows.slice(HALF, HALF, 1).store(gl.broadcast(key.second, blank)[0])
+    scores = gl.zeros([ROWS, NEW], gl.float32, PRODUCT)
+    scores = mma_v2(queries, rows.permute((1, 0)).load(RIGHT), scores)
+    value = gl.load(values + gl.arange(0, HEAD, OF_COLUMNS)).to(gl.float32)
+    is_first = gl.arange(0, PAGE, OF_COLUMNS)[None, :] == 0
+    totals = gl.where(is_first, state.totals + 1.0, state.totals)
+    return State(state.sums + value[None, :], gl.max(scores, 1) * batch.factor, totals)
+
+
+@gluon.jit
+def attend_tile(batch, ring, split, first, tokens, context):
+    """The `tokens` from `first` on, behind `context` keys: one that goes to the cache (DECODE), or some that are in
+    it."""
+    is_last = split.index == split.splits - 1
+    cached = split.high
+    if is_last:
+        cached = context if batch.DECODE else context + tokens
+    pages = gl.cdiv(gl.maximum(cached - split.low, 0), PAGE)
+    clear = gl.maximum(gl.minimum(cached, context) - split.low, 0) // PAGE
+    table = batch.block_tables + split.sequence.to(gl.int64) * batch.table_stride + split.low // PAGE
+    last = gl.maximum(pages - 1, 0)
+    for page in gl.static_range(STAGES - 1):
+        if page < pages:
+            copy_page(batch, ring, gl.load(table + page), page)
+        async_copy.commit_group()
+    # A block is known a step before its copy starts. Behind the last one it is not used.
+    block = gl.load(table + gl.minimum(STAGES - 1, last))
+
+    kv_head = gl.program_id(0)
+    local_row = gl.arange(0, batch.QUERY_ROWS, gl.SliceLayout(1, HALVES))
+    local_token = local_row // batch.GROUPS
+    head = kv_head * batch.GROUPS + local_row % batch.GROUPS
+    rows = batch.query + ((first + local_token).to(gl.int64) * batch.query_stride + head * HEAD)[:, None]
+    query = load_heads(rows, (local_token < tokens)[:, None])
+    row = gl.arange(0, 1, gl.SliceLayout(1, HALVES))[:, None]
+    token = first.to(gl.int64)
+    key_row = batch.key + token * batch.key_stride + kv_head * HEAD + row
+    value_row = batch.value + token * batch.value_stride + kv_head * HEAD
+    if batch.DECODE:
+        key = load_heads(key_row, True)
+        value = load_heads(value_row + row, True)
+        slot = gl.load(batch.slot_mapping + token).to(gl.int64)
+        if batch.ROTARY:
+            cos = load_heads(batch.cos + token * batch.angle_stride + row, True)
+            sin = load_heads(batch.sin + token * batch.angle_stride + row, True)
+            query = turn(query, cos, sin)
+            key = turn(key, cos, sin)
+    # The last slot is free until the first step.
+    tile = ring.key_slots.index(STAGES - 1)
+    tile.slice(0, batch.QUERY_ROWS).slice(0, HALF, 1).store(query.first)
+    tile.slice(0, batch.QUERY_ROWS).slice(HALF, HALF, 1).store(query.second)
+    queries = tile.load(LEFT)
+
+    state = State(
+        gl.zeros([ROWS, HEAD], gl.float32, PRODUCT), gl.full([ROWS], EMPTY, gl.float32, OF_ROWS),
+        gl.zeros([ROWS, PAGE], gl.float32, PRODUCT),
+    )  # fmt: skip
+    if batch.DECODE:  # noqa: SIM102 (the compiler knows the first)
+        if is_last:
+            write_cache(batch, slot, key, value)
+            free = ring.value_slots.index(STAGES - 1).slice(0, NEW)
+            state = attend_new(batch, free, queries, state, key, value_row)
+
+    local_token = gl.arange(0, ROWS, OF_ROWS) // batch.GROUPS
+    for page in range(clear):
+        async_copy.wait_group(STAGES - 2)
+        if page + (STAGES - 1) < pages:
+            copy_page(batch, ring, block, (page + (STAGES - 1)) % STAGES)
+        async_copy.commit_group()
+        block = gl.load(table + gl.minimum(page + STAGES, last))
+        state = attend_page(batch, ring, queries, state, page % STAGES, local_token, 0, False)
+    for page in range(clear, pages):
+        async_copy.wait_group(STAGES - 2)
+        if page + (STAGES - 1) < pages:
+            copy_page(batch, ring, block, (page + (STAGES - 1)) % STAGES)
+        async_copy.commit_group()
+        block = gl.load(table + gl.minimum(page + STAGES, last))
+        valid = cached - split.low - page * PAGE
+        bound = gl.minimum(context + local_token + 1 - split.low - page * PAGE, valid)
+        state = attend_page(batch, ring, queries, state, page % STAGES, bound, valid, True)
+    async_copy.wait_group(0)
+
+    total = gl.sum(state.totals, 1)
+    head = kv_head * batch.GROUPS + gl.arange(0, ROWS, OF_ROWS) % batch.GROUPS
+    owned = local_token < tokens
+    if batch.SPLITS == 1:
+        store_result(batch, first + local_token, head, owned, state.sums / total[:, None])
+    elif split.splits == 1:
+        store_result(batch, first + local_token, head, owned, state.sums / total[:, None])
+    else:
+        store_state(batch, split, first + local_token, head, owned, state, total)
+
+
+@gluon.jit
+def attend_split(batch, ring, split):
+    """Of several splits, the one that ends last merges all."""
+    if batch.DECODE:
+        for token in range(split.begin, split.end):
+            attend_tile(batch, ring, split, token, 1, split.context + (token - split.begin))
+            # The next token sees what this one has put into the cache.
+            gl.thread_barrier()
+    else:
+        attend_tile(batch, ring, split, split.begin, split.end - split.begin, split.context)
+    if batch.SPLITS > 1:  # noqa: SIM102
+        if split.splits > 1:
+            # All threads have stored before one of them counts the program as arrived.
+            gl.thread_barrier()
+            counter = batch.arrivals + split.sequence * (batch.HEADS // batch.GROUPS) + gl.program_id(0)
+            if gl.atomic_add(counter, 1, sem="acq_rel") == split.splits - 1:
+                gl.store(counter, 0)
+                for member in range(split.end - split.begin):
+                    merge_splits(batch, split, member)
+
+
+@gluon.jit
+def attend(batch, ring):
+    """All that a program does: the split that its place in the grid names, or some of those that are listed."""
+    listing = gl.num_programs(1) - batch.num_sequences
+    place = gl.program_id(1)
+    turns = 1
+    if batch.LISTED:
+        until = gl.zeros([batch.LISTED], gl.int32, gl.BlockedLayout([batch.LISTED // 32], [32], [1], [0]))
+        if place < listing:
+            until, count = list_splits(batch)
+            turns = gl.cdiv(count - place, listing)
+    for turn in range(turns):
+        sequence = place - listing
+        index = gl.program_id(2)
+        if batch.LISTED:  # noqa: SIM102
+            if sequence < 0:
+                item = place + turn * listing
+                before = until <= item
+                sequence = gl.sum(before.to(gl.int32), 0)
+                index = item - gl.max(gl.where(before, until, 0), 0) + 1
+        split = find_split(batch, sequence, index)
+        if split.begin < split.end:
+            attend_split(batch, ring, split)
+    if batch.DECODE:
+        # A padded batch: row i belongs to nobody if the sequences have fewer tokens.
+        row = place - listing
+        if (row >= 0) & (row >= gl.load(batch.query_start + batch.num_sequences)):
+            clear_row(batch, row)
+
+
+@gluon.jit(do_not_specialize=["num_sequences", "partial_rows", "table_stride"])
+def attend_few(
+    query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, cos, sin, output,
+    partial_sums, partial_stats, arrivals, num_sequences, partial_rows,
+    query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride, angle_stride, factor,
+    GROUPS: gl.constexpr, HEADS: gl.constexpr, PADDED_GROUPS: gl.constexpr, QUERY_ROWS: gl.constexpr,
+    SPLITS: gl.constexpr, SHARE: gl.constexpr, LISTED: gl.constexpr, DECODE: gl.constexpr, ROTARY: gl.constexpr,
+):  # fmt: skip
+    """The sequences of at most ROWS // GROUPS new tokens, and with DECODE all, token by token; `factor`: scale ·
+    log2(e). LISTED: the grid's second axis has some programs for listed splits, then one for each sequence; 0: it has
+    one for each sequence, and the third axis is their splits."""
+    keys = gl.allocate_shared_memory(key_cache.dtype.element_ty, [STAGES, PAGE, HEAD], SWIZZLED)
+    values = gl.allocate_shared_memory(value_cache.dtype.element_ty, [STAGES, PAGE, HEAD], SWIZZLED)
+    gdc_launch_dependents()
+    gdc_wait()
+    # Made where it is passed on: an assignment would turn its constants into tensors.
+    attend(
+        Batch(
+            query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, cos, sin,
+            output, partial_sums, partial_stats, arrivals, num_sequences, partial_rows, query_stride, key_stride,
+            value_stride, table_stride, key_block_stride, value_block_stride, angle_stride, factor,
+            GROUPS, HEADS, PADDED_GROUPS, QUERY_ROWS, SPLITS, SHARE, LISTED, DECODE, ROTARY,
+        ),
+        Ring(keys, values),
+    )  # fmt: skip
+
+
+def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *caches: torch.Tensor) -> bool:
+    """Whether the kernel reads such tensors: 16 bits, heads of 128, up to 16 of them for a kv head, pages of 16, rows
+    of 16 bytes a thread."""
+    tensors = (query, key, value, *caches)
+    return (
+        query.element_size() == 2
+        and query.shape[1] <= ROWS.value * key.shape[1]
+        and all(tensor.dtype == query.dtype and tensor.shape[-1] == HEAD.value for tensor in tensors)
+        and all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 8 == 0 for tensor in tensors)
+        and all(tensor.stride(1) == HEAD.value and tensor.stride(2) == 1 for tensor in (query, key, value))
+        and all(cache.shape[2] == PAGE.value and cache[0].is_contiguous() for cache in caches)
+    )
+
+
+def launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    output: torch.Tensor,
+    partials: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    partial_rows: int,
+    splits: int,
+    share: int,
+    *,
+    decode: bool,
+) -> None:
+    """Writes the rows of `output` whose sequence has few new tokens; with `decode` all, and the cache, too.
+
+    `partials`: sums and statistics of splits, and counters that are zero (`attend_short`).
+    """
+    heads, kv_heads, sequences = query.shape[1], key.shape[1], len(seq_lens)
+    groups = heads // kv_heads
+    padded_groups = triton.next_power_of_2(groups)
+    # A kernel needs pointers where there are no tables, too; they are never followed.
+    cos, sin = (query, query) if angles is None else angles
+    grid: tuple[int, ...] = (kv_heads, sequences, splits)
+    listed = 0
+    if splits > 1 and sequences > MOST_PLACED:
+        grid = (kv_heads, sequences + LISTED_PROGRAMS, 1)
+        listed = triton.next_power_of_2(sequences)
+    options: dict[str, Any] = {"num_warps": 1, "launch_pdl": True}
+    attend_few[grid](
+        query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, cos, sin, output,
+        *partials, sequences, partial_rows, query.stride(0), key.stride(0), value.stride(0), block_tables.stride(0),
+        key_cache.stride(0), value_cache.stride(0), cos.stride(0), scale * LOG2_E.value,
+        GROUPS=groups, HEADS=heads, PADDED_GROUPS=padded_groups, QUERY_ROWS=max(8, padded_groups) if decode else 16,
+        SPLITS=splits, SHARE=share, LISTED=listed, DECODE=decode, ROTARY=angles is not None, **options,
+    )  # fmt: skip
