@@ -4,14 +4,16 @@
 
 The shapes are those of Llama-3.1-8B (32 query heads, 8 KV heads of 128) in bfloat16; block tables are as wide as the
 engine pads them. A time is the median over replays of a CUDA graph that holds several calls on different data, so that
-nothing is left in the L2 cache from one call to the next. Prompts are timed with the kernel that is chosen ("enginery")
-and with the general one ("attend_long"). Decoding is timed on contexts of one length, and on *ragged* ones, log-normal,
-as a server has them: in microseconds, as planned ("enginery"), with no context cut ("one split"), and what reading keys
-and values takes by the rate of a reduction ("least").
+nothing is left in the L2 cache from one call to the next. All is timed with the kernel that is chosen ("enginery") and
+with the general one ("attend_short", "attend_long"), which but on Hopper is the same. Decoding is timed on contexts of
+one length, and on *ragged* ones, log-normal, as a server has them: in microseconds, as planned, with no context cut
+("one split", in the kernel that is chosen), and what reading keys and values takes by the rate of a reduction
+("least").
 
-`--tune` also times the candidates of all tile choices, with rotary embedding as in a model; `--decode` and `--prefill`
-time nothing but those of one kind. `--layer` times a layer's attention and projections together; the projections alone:
-`gpu_linears.py`.
+`--tune` also times the candidates, with rotary embedding as in a model: tiles of the general kernels, and of ragged
+contexts the splits of both kernels, where "attend_few" stands for the tiles of the one for Hopper. `--decode` and
+`--prefill` time nothing but those of one kind. `--layer` times a layer's attention and projections together; the
+projections alone: `gpu_linears.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from enginery.engine.buckets import CONTEXTS, CONTEXTS_OF_FEW, FEW_SEQUENCES
 from enginery.kernels.triton import linear, paged_attention
-from enginery.kernels.triton.paged_attention import LaunchPlan, Tiling, new_arrivals, plan_launch
+from enginery.kernels.triton.attention_plan import Gpu, LaunchPlan, Tiling, plan_launch
+from enginery.kernels.triton.paged_attention import new_arrivals
 from gpu_linears import LAYER, PROJECTIONS
 from gpu_timing import L2_BYTES, compile_all, read_bandwidth, seconds
 from record import record
@@ -119,8 +122,13 @@ class Batch:
 
 
 def default_plan(lengths: Sequence[int], new: int = 1) -> LaunchPlan:
-    gpu, capacity = paged_attention.Gpu.of(DEVICE), columns_for(lengths) * BLOCK
+    gpu, capacity = Gpu.of(DEVICE), columns_for(lengths) * BLOCK
     return plan_launch(gpu, len(lengths) * new, len(lengths), capacity, KV_HEADS, HEADS // KV_HEADS, HEAD, 2)
+
+
+def general(plan: LaunchPlan) -> LaunchPlan:
+    """By the kernels for any GPU."""
+    return replace(plan, hopper_programs=0)
 
 
 def decode(lengths: Sequence[int], plans: Iterable[LaunchPlan | None], *, rotary: bool = False) -> Times:
@@ -159,15 +167,16 @@ def decode_candidates(splits: Iterable[int]) -> list[LaunchPlan]:
     shapes = [
         (16, 1, 4), (16, 1, 5), (16, 1, 8), (16, 2, 5), (32, 2, 5), (32, 4, 5), (64, 4, 3), (64, 4, 5),
     ]  # fmt: skip
-    base = replace(default_plan([8192]), share=1)
+    base = replace(general(default_plan([8192])), share=1)
     return [replace(base, short=Tiling(16, *shape), splits=count) for shape, count in itertools.product(shapes, splits)]
 
 
 def ragged_candidates(lengths: Sequence[int]) -> list[LaunchPlan]:
-    """Numbers of splits, and what each gets at least, in the tiles that are chosen."""
+    """Numbers of splits, and what each gets at least, in the kernel that is chosen and in the general one's tiles."""
     base = default_plan(lengths)
     pairs = [(1, 1), *itertools.product((2, 4, 8, 16), (1, 8, 16, 32))]
-    return [replace(base, splits=splits, share=share) for splits, share in pairs]
+    candidates = [replace(base, splits=splits, share=share) for splits, share in pairs]
+    return list(dict.fromkeys([*candidates, *map(general, candidates)]))
 
 
 def prefill_candidates() -> list[LaunchPlan]:
@@ -175,9 +184,8 @@ def prefill_candidates() -> list[LaunchPlan]:
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
     ]  # fmt: skip
     base = default_plan([1024], 1024)
-    general = replace(base, hopper_programs=0)
     ways = itertools.product(shapes, (False, True))
-    candidates = [replace(general, long=Tiling(*shape, descriptors)) for shape, descriptors in ways]
+    candidates = [replace(general(base), long=Tiling(*shape, descriptors)) for shape, descriptors in ways]
     return [base, *candidates] if base.hopper_programs else candidates
 
 
@@ -215,7 +223,8 @@ def prompt(tokens: int, context: int) -> str:
 
 def shown(plan: LaunchPlan) -> str:
     if plan.decode:
-        return f"{plan.short}, {plan.splits} splits of {plan.share} blocks"
+        kernel = plan.launches[0] if plan.hopper_programs else plan.short
+        return f"{kernel}, {plan.splits} splits of {plan.share} blocks"
     return plan.launches[-1] if plan.hopper_programs else str(plan.long)
 
 
@@ -264,25 +273,31 @@ def measure(limit: float) -> dict:
     """Our kernels as they are chosen, beside torch's, and beside the `limit` in TB/s of what reads."""
     results: dict = {}
     for sequences, context in DECODE:
+        lengths = [context] * sequences
+        any_gpu = general(default_plan(lengths))
+        by_plan = decode(lengths, [None, any_gpu])
         times = {
-            "enginery": decode([context] * sequences, [None])[None],
+            "enginery": by_plan[None],
+            "attend_short": by_plan[any_gpu],
             "cudnn (dense)": sdpa_decode(sequences, context, SDPBackend.CUDNN_ATTENTION),
             "flash (dense)": sdpa_decode(sequences, context, SDPBackend.FLASH_ATTENTION),
         }
         results[f"decode {sequences} x {context}, TB/s"] = rates(bytes_of(sequences * context), times)
     for sequences in RAGGED:
         lengths = ragged(sequences)
-        whole = replace(default_plan(lengths), splits=1)
-        by_plan = decode(lengths, [None, whole])
+        plan = default_plan(lengths)
+        whole, any_gpu = replace(plan, splits=1), general(plan)
+        by_plan = decode(lengths, [None, whole, any_gpu])
         results[f"decode {sequences} x {spread(lengths)}, us"] = {
             "enginery": by_plan[None] * 1e6,
+            "attend_short": by_plan[any_gpu] * 1e6,
             "one split": by_plan[whole] * 1e6,
             "least": bytes_of(sum(lengths)) / limit * 1e-6,
         }
     for tokens, context in PREFILL:
-        general = replace(default_plan([context + tokens], tokens), hopper_programs=0)
-        by_plan = prefill(tokens, context, [None, general])
-        times = {"enginery": by_plan[None], "attend_long": by_plan[general]}
+        any_gpu = general(default_plan([context + tokens], tokens))
+        by_plan = prefill(tokens, context, [None, any_gpu])
+        times = {"enginery": by_plan[None], "attend_long": by_plan[any_gpu]}
         if not context:  # torch's has no paged one
             times["cudnn (dense)"] = sdpa_prefill(tokens, SDPBackend.CUDNN_ATTENTION)
             times["flash (dense)"] = sdpa_prefill(tokens, SDPBackend.FLASH_ATTENTION)

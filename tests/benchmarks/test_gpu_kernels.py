@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -82,11 +83,28 @@ def test_a_measurement_has_a_row_for_each_batch() -> None:
     results = benchmark.measure(4.0)
     decode = ["decode 2 x 20", "decode 3 x 198 on average"]
     assert [name.split(",")[0] for name in results] == [*decode, "prefill 24", "prefill 9 after 20"]
+    assert results["decode 2 x 20, TB/s"].keys() == {"enginery", "attend_short", "cudnn (dense)", "flash (dense)"}
     assert results["prefill 24, TFLOP/s"].keys() == {"enginery", "attend_long", "cudnn (dense)", "flash (dense)"}
     assert results["prefill 9 after 20, TFLOP/s"].keys() == {"enginery", "attend_long"}
     ragged = next(row for name, row in results.items() if "average" in name)
     keys = sum(benchmark.ragged(3))
-    assert ragged == {"enginery": 1.0, "one split": 1.0, "least": pytest.approx(keys * 2 * 16 * 4 / 4e12 * 1e6)}
+    least = pytest.approx(keys * 2 * 16 * 4 / 4e12 * 1e6)
+    assert ragged == {"enginery": 1.0, "attend_short": 1.0, "one split": 1.0, "least": least}
+
+
+def test_general_kernels_are_timed_beside_those_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int | None] = []
+
+    def note(self: benchmark.Batch, plans: Iterable, **_: bool) -> benchmark.Times:
+        plans = list(plans)
+        timed.extend(plan and plan.hopper_programs for plan in plans)
+        return dict.fromkeys(plans, 1e-6)
+
+    on_hopper(monkeypatch)
+    monkeypatch.setattr(benchmark.Batch, "times", note)
+    benchmark.measure(4.0)
+    # Decoding: of one length, and ragged, also in one piece. Two prompts.
+    assert timed == [None, 0, None, 132, 0, None, 0, None, 0]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -97,10 +115,29 @@ def test_tuning_keeps_six_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(row) for row in tuned.values()] == [6, 3]
 
 
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    default_plan = benchmark.default_plan
+    monkeypatch.setattr(benchmark, "default_plan", lambda *args: replace(default_plan(*args), hopper_programs=132))
+
+
 def test_both_kernels_of_prompts_are_candidates_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = benchmark.default_plan([1024], 1024)
-    monkeypatch.setattr(benchmark, "default_plan", lambda *_: replace(plan, hopper_programs=132))
+    on_hopper(monkeypatch)
     names = [benchmark.shown(candidate) for candidate in benchmark.prefill_candidates()]
     assert names[0] == "attend_prompts"
     assert all(name.startswith("Tiling(") for name in names[1:])
     assert len(set(names)) == len(names) == 13
+
+
+def test_both_kernels_of_decoding_are_candidates_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of both, tiles of the general one alone."""
+    general = [benchmark.shown(candidate) for candidate in benchmark.ragged_candidates([100])]
+    tiles = [benchmark.shown(candidate) for candidate in benchmark.decode_candidates((1, 2))]
+    assert len(general) == 17
+    assert all(name.startswith("Tiling(") for name in [*general, *tiles])
+    on_hopper(monkeypatch)
+    names = [benchmark.shown(candidate) for candidate in benchmark.ragged_candidates([100])]
+    assert names[0] == "attend_few, 1 splits of 1 blocks"
+    assert all(name.startswith("attend_few, ") for name in names[:17])
+    assert names[17:] == general
+    assert len(set(names)) == 34
+    assert [benchmark.shown(candidate) for candidate in benchmark.decode_candidates((1, 2))] == tiles

@@ -207,16 +207,22 @@ def draw(
     return operands
 
 
-def compare(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Also rows and columns by themselves: a wrong one must not drown. Rounding is 2⁻⁹ of a number at most."""
+def compare(operands: Operands) -> None:
+    """Also rows and columns by themselves: a wrong one must not drown. Rounding is 2⁻⁹ of a number at most.
+
+    The matrix units add up float8 products of depth 4096 with 14 bits or so. Then the worst of 14,336 columns is off by
+    0.7 to 1.2 % in 150 draws, and by as much with cuBLAS.
+    """
+    actual, expected = operands.run(), operands.expected()
     assert actual.shape == expected.shape
     difference = actual.double() - expected
     assert not difference.isnan().any(), difference.isnan().nonzero()[:5]
     assert difference.norm() < 0.004 * expected.norm()
+    most = 0.02 if operands.weight.dtype == FLOAT8 else 0.01
     for side in (0, 1):
         sizes = expected.norm(dim=side)
         errors = difference.norm(dim=side) / sizes.clamp(min=sizes.mean())
-        assert errors.max() < 0.01, (side, (errors >= 0.01).nonzero()[:5])
+        assert errors.max() < most, (side, (errors >= most).nonzero()[:5])
 
 
 @pytest.mark.gpu
@@ -224,7 +230,7 @@ def compare(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("rows", [33, 47, 63, 64, 65, 77, 96, 127, 128])
 def test_rows(rows: int, dtype: torch.dtype) -> None:
     operands = draw(rows, 14336, 4096, dtype)
-    compare(operands.run(), operands.expected())
+    compare(operands)
 
 
 @pytest.mark.gpu
@@ -235,7 +241,7 @@ def test_features_that_do_not_fill_a_tile(features: int, dtype: torch.dtype, has
     """Its gates then run into the rows of up, and its ups past the end."""
     for rows in (50, 100):
         operands = draw(rows, features, 1024, dtype, has_bias=has_bias)
-        compare(operands.run(), operands.expected())
+        compare(operands)
 
 
 @pytest.mark.gpu
@@ -245,14 +251,14 @@ def test_depths_of_few_steps_and_of_many(steps: int, dtype: torch.dtype) -> None
     """Fewer than the ring has slots, as many, and more."""
     for rows in (50, 100):
         operands = draw(rows, 300, steps * 128 // dtype.itemsize, dtype, has_bias=True)
-        compare(operands.run(), operands.expected())
+        compare(operands)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_one_scale_for_all_features(has_bias: bool) -> None:
     operands = draw(100, 999, 1024, FLOAT8, has_bias=has_bias, scales=1)
-    compare(operands.run(), operands.expected())
+    compare(operands)
 
 
 @pytest.mark.gpu

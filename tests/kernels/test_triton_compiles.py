@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 KERNELS = (
-    "add_and_normalise apply_scales argmax_rows attend_long attend_prompts attend_short gate linear_gated linear_row "
-    "linear_rows linear_tiles quantise write_cache"
+    "add_and_normalise apply_scales argmax_rows attend_few attend_long attend_prompts attend_short gate linear_gated "
+    "linear_row linear_rows linear_tiles quantise write_cache"
 )
 
 

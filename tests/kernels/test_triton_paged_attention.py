@@ -16,6 +16,7 @@ from .triton_device import DEVICE, kernels_for_device
 
 with kernels_for_device():
     from enginery.kernels.triton import paged_attention as kernels
+    from enginery.kernels.triton.attention_plan import Tiling
     from enginery.kernels.triton.rotary import rotary_paged_attention
 
 # Rows of padding divide by zero; NumPy, which interprets, says so.
@@ -55,13 +56,13 @@ def build(case: Case, seed: int) -> tuple[tuple[torch.Tensor, ...], dict]:
     value_cache = torch.full((len(pages) + 1, case.kv_heads, BLOCK, case.dv), torch.nan, dtype=case.dtype)
     slots = []
     for table, past, fresh in zip(tables, cached, new, strict=True):
-        places = [int(table[p // BLOCK]) * BLOCK + p % BLOCK for p in range(past + fresh)]
-        for place in places[:past]:
-            key_cache[place // BLOCK, :, place % BLOCK] = torch.randn(case.kv_heads, case.dk)
-            value_cache[place // BLOCK, :, place % BLOCK] = torch.randn(case.kv_heads, case.dv)
-        slots += places[past:]
+        positions = torch.arange(past + fresh)
+        blocks, offsets = table[positions // BLOCK].long(), positions % BLOCK
+        for cache, size in ((key_cache, case.dk), (value_cache, case.dv)):
+            cache[blocks[:past], :, offsets[:past]] = torch.randn(past, case.kv_heads, size).to(case.dtype)
+        slots.append((blocks * BLOCK + offsets)[past:])
     tokens = sum(new) + case.padding
-    slot_mapping = torch.tensor(slots + [-1] * case.padding, dtype=torch.int64)
+    slot_mapping = torch.cat([*slots, torch.full((case.padding,), -1)])
     query_start = torch.tensor([0, *new, *[0] * case.empty]).cumsum(0).int()
     seq_lens = torch.tensor([c + n for c, n in case.sequences] + [0] * case.empty).int()
     tables = torch.cat([tables, tables.new_zeros(case.empty, width)])
@@ -94,7 +95,7 @@ def check(case: Case, plan: kernels.LaunchPlan | None = None, arrivals: torch.Te
 
 def plan(splits: int, *, decode: bool, block_n: int = 16, share: int = 1) -> kernels.LaunchPlan:
     return kernels.LaunchPlan(
-        decode, kernels.Tiling(16, block_n, 4, 2), kernels.Tiling(16, block_n, 4, 2), splits, share
+        decode, Tiling(16, block_n, 4, 2), Tiling(16, block_n, 4, 2), splits, share
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def test_splits_of_the_keys_change_nothing(case: Case, splits: int) -> None:
 @pytest.mark.parametrize("features", [{}, {"window": 30}, {"softcap": 2.0, "alibi": True, "sinks": True}], ids=str)
 def test_prompts_by_descriptors(features: dict) -> None:
     """New keys come by the tensor memory accelerator, beside cached ones and in the next sequence."""
-    tiling = kernels.Tiling(16, 16, 4, 2, descriptors=True)
+    tiling = Tiling(16, 16, 4, 2, descriptors=True)
     case = Case(((35, 36), (3, 1), (0, 20)), heads=2, kv_heads=1, dtype=torch.float16, padding=3, **features)
     check(case, replace(plan(1, decode=False), long=tiling))
 
@@ -230,11 +231,24 @@ def test_capacity_decides_the_splits() -> None:
     alone = kernels.plan_launch(gpu, 1, 1, 8192, **llama)
     crowd = kernels.plan_launch(gpu, 256, 256, 8192, **llama)
     mixed = kernels.plan_launch(gpu, 900, 5, 8192, **llama)
-    assert ((alone.splits, alone.share), (crowd.splits, crowd.share)) == ((64, 1), (4, 32))
-    assert alone.launches == crowd.launches == ("attend_short",)
-    prompts = "attend_long" if kernels.hopper_prompts is None else "attend_prompts"
-    assert mixed.launches == ("write_cache", "attend_short", prompts)
+    few, prompts, most = "attend_few", "attend_prompts", 8
+    if kernels.hopper_decode is None:
+        few, prompts, most = "attend_short", "attend_long", 4
+    assert ((alone.splits, alone.share), (crowd.splits, crowd.share)) == ((64, 1), (most, 32))
+    assert alone.launches == crowd.launches == (few,)
+    assert mixed.launches == ("write_cache", few, prompts)
     assert kernels.plan_launch(gpu, 1, 1, 32, **llama).splits == 1
+
+
+def test_plans_for_the_general_kernels_cut_a_crowd_less() -> None:
+    """On other GPUs, and where there are features."""
+    llama = {"kv_heads": 8, "groups": 4, "width": 128, "itemsize": 2}
+    ampere, hopper = kernels.Gpu(132, (8, 0)), kernels.Gpu(132, (9, 0))
+    for gpu, is_plain in ((ampere, True), (ampere, False), (hopper, False)):
+        crowd = kernels.plan_launch(gpu, 256, 256, 8192, **llama, is_plain=is_plain)
+        mixed = kernels.plan_launch(gpu, 900, 5, 8192, **llama, is_plain=is_plain)
+        assert (crowd.splits, crowd.share, crowd.launches) == (4, 32, ("attend_short",))
+        assert mixed.launches == ("write_cache", "attend_short", "attend_long")
 
 
 def test_a_cache_in_another_layout_is_refused() -> None:
@@ -264,12 +278,18 @@ def test_a_captured_graph_follows_the_batch() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("general", [False, True], ids=["as-chosen", "general"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "features", [{}, {"window": 700, "softcap": 20.0, "sinks": True, "alibi": True}], ids=["plain", "all"]
 )
-def test_full_size_batches(dtype: torch.dtype, features: dict) -> None:
-    """The tiles of real models: long contexts split, large tiles of queries, decoding and prefill in one batch."""
+def test_full_size_batches(features: dict, dtype: torch.dtype, general: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of real models: long contexts split, large tiles of queries, decoding and prefill in one batch.
+
+    `general`: as on a GPU that has no kernels of its own.
+    """
+    if general:
+        monkeypatch.setattr(kernels.Gpu, "runs_hopper_kernels", False)
     draw = random.Random(int(torch.randint(1 << 30, ())))
     decode = tuple((draw.randrange(3000), 1) for _ in range(12))
     case = Case(decode, heads=32, kv_heads=8, dk=128, dv=128, dtype=dtype, **features)
@@ -286,8 +306,11 @@ def test_overlapped_launches_change_nothing(overlap: bool) -> None:
     case = Case(((3000, 1), (0, 1), (777, 1)), heads=32, kv_heads=8, dk=128, dv=128, dtype=torch.bfloat16)
     base = kernels.plan_launch(kernels.Gpu(132, (9, 0) if overlap else (8, 0)), 3, 3, 3008, 8, 4, 128, 2)
     assert base.splits > 1
-    for _ in range(5):
-        check(case, base)
+    plans = [replace(base, hopper_programs=0)]
+    if base.hopper_programs and kernels.Gpu.of(DEVICE).runs_hopper_kernels:
+        plans.append(base)
+    for plan in plans * 5:
+        check(case, plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

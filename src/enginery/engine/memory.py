@@ -20,8 +20,8 @@ from enginery.network import Network, Tensor
 from enginery.network.dim import evaluate
 
 DEFAULT_TOKENS: Mapping[str, int] = {"cpu": 512, "cuda": 8192}
-"""max_num_batched_tokens where the configuration names none; on a GPU so many of prompts, beside all that decode: what a
-long prompt leaves over would cost a step of its own"""
+"""max_num_batched_tokens where the configuration names none; on a GPU so many of prompts, beside all that decode: what
+a long prompt leaves over would cost a step of its own"""
 KV_SHARE: Mapping[str, float] = {"cpu": 0.6, "cuda": 0.95}
 """part of what weights and activations leave that the KV cache takes where the configuration names no size"""
 KV_REASONABLE = 4 << 30

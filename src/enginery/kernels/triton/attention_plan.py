@@ -43,8 +43,8 @@ class LaunchPlan:
     overlap: bool = False
     """Launch *short* while its predecessor still runs (programmatic dependent launch, from compute capability 9.0)."""
     hopper_programs: int = 0
-    """Programs of `attend_prompts`. With it and `attend_few`, those for Hopper do what they take; 0: the general ones do
-    all."""
+    """Programs of `attend_prompts`. It and `attend_few`, the kernels for Hopper, have what they take; 0: the general
+    ones have all."""
 
     @property
     def launches(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ def plan_launch(
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
     on_hopper = gpu.runs_hopper_kernels and width == 128 and itemsize == 2 and is_plain
-    splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n, listed=on_hopper)
+    splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n, listed=on_hopper and rows == 16)
     # Of prompts one program a multiprocessor: its shared memory holds no second one.
     return LaunchPlan(
         tokens == sequences, short, long, splits, share, gpu.hopper_or_later, gpu.processors if on_hopper else 0

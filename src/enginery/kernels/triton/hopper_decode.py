@@ -6,18 +6,20 @@ they ask for, and few of them fit a multiprocessor beside their pages. So all is
     ask for the first pages;  queries and the new key, turned by their angles;  the new key's score begins the softmax;
     in each step: ask for the page after the next, then Q·Kᵀ, softmax, P·V of this one
 
-A page takes 255 instructions, 460 in `attend_short`, and nothing is masked but a ragged end. Which keys a program has
-is in `hopper_splits.py`.
+Products are computed with keys and values on the left, K·Qᵀ and Vᵀ·Pᵀ: a kv head has few query heads, and the least
+width of a product is 8 where its least height is 16. P becomes a right operand by one instruction (`transpose`). A page
+takes 207 instructions, 460 in `attend_short`. Which keys a program has is in `hopper_splits.py`.
 
 Attention of a batch in µs on an H200, 32 heads over 8 kv heads, beside `attend_short` and the time to read its keys:
 
     sequences x keys     1 x 193    8 x 193   32 x 193   64 x 193  128 x 193  256 x 193  248 x 343  16 x 8257
-    attend_few              5.5        7.8       11.5       17.3       28.2       52.6       94.0      128.8
-    attend_short            7.0        9.2       14.1       20.4       31.5       59.7      112.9      130.6
-    least                   0.2        1.4        5.7       11.3       22.6       45.3       78.2      121.1
+    attend_few              5.5        7.6       10.9       16.9       27.8       52.2       93.0      129.1
+    attend_short            7.1        9.2       14.1       20.3       31.5       59.6      112.9      131.2
+    least                   0.2        1.4        5.7       11.4       22.7       45.4       78.5      121.5
 
-Measured to lose (`benchmarks/results/gpu_kernels.json`): copies by the tensor memory accelerator, which cost each warp
-more instructions than its own (57.9 for 256 x 193); two or four pages a step; more slots.
+Measured to lose (`benchmarks/results/gpu_kernels.json`): queries on the left (1 to 4 % more), copies by the tensor
+memory accelerator, which cost each warp more instructions than its own (57.9 for 256 x 193), two or four pages a step,
+more slots.
 """
 
 from typing import Any, NamedTuple
@@ -32,18 +34,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from enginery.kernels.triton.hopper_splits import (
     HEAD,
     LINES,
-    OF_COLUMNS,
+    OF_HEADS,
     OF_ROWS,
     PAGE,
     PRODUCT,
-    ROWS,
     Batch,
     State,
     clear_row,
     find_split,
     list_splits,
     merge_splits,
-    store_result,
     store_state,
 )
 from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E
@@ -51,9 +51,9 @@ from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E
 HALF: gl.constexpr = gl.constexpr(64)
 """Columns that rotary embedding turns into the others."""
 STAGES: gl.constexpr = gl.constexpr(3)
-"""Slots of a page's keys and values. 24 KiB a program: nine of them fit the shared memory of a multiprocessor."""
-NEW: gl.constexpr = gl.constexpr(8)
-"""Rows of a new key, all the same: the least width of a matrix product."""
+"""Slots of a page's keys and values. With a tile of queries of its own a program has 26 KiB, and a multiprocessor eight
+programs. With nine, for which the tile would lie in a slot, those of a launch are spread less evenly: 16 x 8257 takes
+138.6 µs instead of 129.1."""
 LISTED_PROGRAMS = 64
 """For each kv head: those that look up splits beyond a sequence's first."""
 MOST_PLACED = 32
@@ -67,10 +67,11 @@ HALVES: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1,
 
 
 class Ring(NamedTuple):
-    """Slots `[STAGES, PAGE, HEAD]` of keys and values in shared memory."""
+    """Slots `[STAGES, PAGE, HEAD]` of keys and values in shared memory, and a tile of queries `[WIDTH, HEAD]`."""
 
     key_slots: gl.shared_memory_descriptor
     value_slots: gl.shared_memory_descriptor
+    tile: gl.shared_memory_descriptor
 
 
 class Heads(NamedTuple):
@@ -119,23 +120,42 @@ def turn(heads, cos, sin):
 
 
 @gluon.jit
-def attend_page(batch, ring, queries, state, slot, bound, valid, MASKED: gl.constexpr):
-    """Takes a page into the state. MASKED: each row sees the keys before `bound`, and there are `valid` of them; what
-    lies beyond may be NaN, which no weight mends."""
-    scores = gl.zeros([ROWS, PAGE], gl.float32, PRODUCT)
-    scores = mma_v2(queries, ring.key_slots.index(slot).permute((1, 0)).load(RIGHT), scores)
+def transpose(data, dtype):
+    """`[M, WIDTH]` in 32 bits and PRODUCT's layout -> `[M / 8, 8, WIDTH / 8, 4, 2]` of 16 bits: column `8k + j` of the
+    rows `8i + 2l` and `8i + 2l + 1` at `[i, j, k, l]`. One instruction for each block of 8 x 8 in a warp."""
+    BLOCKS: gl.constexpr = data.shape[0] // 8
+    ASM: gl.constexpr = (
+        "cvt.rn." + ("bf16" if dtype == gl.bfloat16 else "f16") + "x2.f32 $0, $2, $1;"
+        " movmatrix.sync.aligned.m8n8.trans.b16 $0, $0;"
+    )
+    even, odd = gl.split(data.reshape([BLOCKS, 8, data.shape[1] // 8, 4, 2]))
+    pairs = gl.inline_asm_elementwise(ASM, "=r,r,r", [even, odd], gl.int32, False, 1)
+    first = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
+    return gl.join(first, (pairs >> 16).to(gl.int16).to(dtype, bitcast=True))
+
+
+@gluon.jit
+def attend_page(batch, ring, queries, state, slot, valid, MASKED: gl.constexpr):
+    """Takes a page into the state. MASKED: its first `valid` keys; what lies beyond may be NaN, which no weight
+    mends."""
+    keys = ring.key_slots.index(slot)
+    zeros = gl.zeros([PAGE, batch.WIDTH], gl.float32, PRODUCT)
+    # Two short chains of products instead of a long one.
+    scores = mma_v2(keys.slice(0, HALF, 1).load(LEFT), queries.first, zeros)
+    scores += mma_v2(keys.slice(HALF, HALF, 1).load(LEFT), queries.second, zeros)
     if MASKED:
-        scores = gl.where(gl.arange(0, PAGE, OF_COLUMNS)[None, :] < bound[:, None], scores, -float("inf"))
-    peak = gl.maximum(state.maximum, gl.max(scores, 1) * batch.factor)
-    weights = gl.exp2(scores * batch.factor - peak[:, None])
+        scores = gl.where((gl.arange(0, PAGE, OF_ROWS) < valid)[:, None], scores, -float("inf"))
+    peak = gl.maximum(state.maximum, gl.max(scores, 0) * batch.factor)
+    weights = gl.exp2(scores * batch.factor - peak[None, :])
     decay = gl.exp2(state.maximum - peak)
-    totals = state.totals * decay[:, None] + weights
-    values = ring.value_slots.index(slot).load(RIGHT)
+    totals = state.totals * decay[None, :] + weights
+    values = ring.value_slots.index(slot).permute((1, 0)).load(LEFT)
     if MASKED:
-        inside = gl.arange(0, PAGE, gl.SliceLayout(1, RIGHT))[:, None] < valid
+        inside = gl.arange(0, PAGE, gl.SliceLayout(0, LEFT))[None, :] < valid
         values = gl.where(inside, values, gl.zeros_like(values))
-    weights = gl.convert_layout(weights.to(values.dtype), LEFT)
-    return State(mma_v2(weights, values, state.sums * decay[:, None]), peak, totals)
+    weights = transpose(weights, values.dtype).permute((0, 3, 4, 2, 1)).reshape([PAGE, batch.WIDTH])
+    weights = gl.convert_layout(weights, RIGHT)
+    return State(mma_v2(values, weights, state.sums * decay[None, :]), peak, totals)
 
 
 @gluon.jit
@@ -149,29 +169,41 @@ def write_cache(batch, slot, key, value):
 
 @gluon.jit
 def attend_new(batch, rows, queries, state, key, values):
-    """The state of nothing but a new key `[1, HEAD]`; `rows [NEW, HEAD]` of shared memory are free, `values` points at
+    """The state of nothing but a new key `[1, HEAD]`; `rows [PAGE, HEAD]` of shared memory are free, `values` points at
     its value. It comes first, for then there is nothing to scale."""
-    blank = gl.zeros([NEW, HALF], key.first.dtype, HALVES)
+    blank = gl.zeros([PAGE, HALF], key.first.dtype, HALVES)
     rows.slice(0, HALF, 1).store(gl.broadcast(key.first, blank)[0])
     rows.slice(HALF, HALF, 1).store(gl.broadcast(key.second, blank)[0])
-    scores = gl.zeros([ROWS, NEW], gl.float32, PRODUCT)
-    scores = mma_v2(queries, rows.permute((1, 0)).load(RIGHT), scores)
-    value = gl.load(values + gl.arange(0, HEAD, OF_COLUMNS)).to(gl.float32)
-    is_first = gl.arange(0, PAGE, OF_COLUMNS)[None, :] == 0
+    scores = gl.zeros([PAGE, batch.WIDTH], gl.float32, PRODUCT)
+    scores = mma_v2(rows.slice(0, HALF, 1).load(LEFT), queries.first, scores)
+    scores = mma_v2(rows.slice(HALF, HALF, 1).load(LEFT), queries.second, scores)
+    value = gl.load(values + gl.arange(0, HEAD, OF_ROWS)).to(gl.float32)
+    is_first = gl.arange(0, PAGE, OF_ROWS)[:, None] == 0
     totals = gl.where(is_first, state.totals + 1.0, state.totals)
-    return State(state.sums + value[None, :], gl.max(scores, 1) * batch.factor, totals)
+    return State(state.sums + value[:, None], gl.max(scores, 0) * batch.factor, totals)
 
 
 @gluon.jit
-def attend_tile(batch, ring, split, first, tokens, context):
-    """The `tokens` from `first` on, behind `context` keys: one that goes to the cache (DECODE), or some that are in
-    it."""
+def store_result(batch, token, result):
+    """`[HEAD, WIDTH]`, heads as rows."""
+    BY_PAIRS: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 8], [0, 16], [0, 32], [0, 64]] + ([] if batch.WIDTH == 8 else [[8, 0]]),
+        [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [batch.WIDTH, HEAD],
+    )  # fmt: skip
+    rows = transpose(result, batch.output.dtype.element_ty).permute((2, 1, 0, 3, 4)).reshape([batch.WIDTH, HEAD])
+    group = gl.arange(0, batch.WIDTH, gl.SliceLayout(1, BY_PAIRS))
+    place = (token.to(gl.int64) * batch.HEADS + gl.program_id(0) * batch.GROUPS + group) * HEAD
+    columns = gl.arange(0, HEAD, gl.SliceLayout(0, BY_PAIRS))
+    owned = (group < batch.GROUPS)[:, None]
+    gl.store(batch.output + place[:, None] + columns[None, :], gl.convert_layout(rows, BY_PAIRS), owned)
+
+
+@gluon.jit
+def attend_token(batch, ring, split, token, cached):
+    """A new token, which sees `cached` keys of the cache, and with DECODE itself, on its way there."""
     is_last = split.index == split.splits - 1
-    cached = split.high
-    if is_last:
-        cached = context if batch.DECODE else context + tokens
-    pages = gl.cdiv(gl.maximum(cached - split.low, 0), PAGE)
-    clear = gl.maximum(gl.minimum(cached, context) - split.low, 0) // PAGE
+    cached = gl.where(is_last, cached, split.high) - split.low
+    pages = gl.cdiv(cached, PAGE)
     table = batch.block_tables + split.sequence.to(gl.int64) * batch.table_stride + split.low // PAGE
     last = gl.maximum(pages - 1, 0)
     for page in gl.static_range(STAGES - 1):
@@ -182,17 +214,14 @@ def attend_tile(batch, ring, split, first, tokens, context):
     block = gl.load(table + gl.minimum(STAGES - 1, last))
 
     kv_head = gl.program_id(0)
-    local_row = gl.arange(0, batch.QUERY_ROWS, gl.SliceLayout(1, HALVES))
-    local_token = local_row // batch.GROUPS
-    head = kv_head * batch.GROUPS + local_row % batch.GROUPS
-    rows = batch.query + ((first + local_token).to(gl.int64) * batch.query_stride + head * HEAD)[:, None]
-    query = load_heads(rows, (local_token < tokens)[:, None])
+    token = token.to(gl.int64)
+    group = gl.arange(0, batch.WIDTH, gl.SliceLayout(1, HALVES))
+    rows = batch.query + token * batch.query_stride + ((kv_head * batch.GROUPS + group) * HEAD)[:, None]
+    query = load_heads(rows, (group < batch.GROUPS)[:, None])
     row = gl.arange(0, 1, gl.SliceLayout(1, HALVES))[:, None]
-    token = first.to(gl.int64)
-    key_row = batch.key + token * batch.key_stride + kv_head * HEAD + row
     value_row = batch.value + token * batch.value_stride + kv_head * HEAD
     if batch.DECODE:
-        key = load_heads(key_row, True)
+        key = load_heads(batch.key + token * batch.key_stride + kv_head * HEAD + row, True)
         value = load_heads(value_row + row, True)
         slot = gl.load(batch.slot_mapping + token).to(gl.int64)
         if batch.ROTARY:
@@ -200,62 +229,49 @@ def attend_tile(batch, ring, split, first, tokens, context):
             sin = load_heads(batch.sin + token * batch.angle_stride + row, True)
             query = turn(query, cos, sin)
             key = turn(key, cos, sin)
-    # The last slot is free until the first step.
-    tile = ring.key_slots.index(STAGES - 1)
-    tile.slice(0, batch.QUERY_ROWS).slice(0, HALF, 1).store(query.first)
-    tile.slice(0, batch.QUERY_ROWS).slice(HALF, HALF, 1).store(query.second)
-    queries = tile.load(LEFT)
+    left = ring.tile.slice(0, HALF, 1)
+    right = ring.tile.slice(HALF, HALF, 1)
+    left.store(query.first)
+    right.store(query.second)
+    queries = Heads(left.permute((1, 0)).load(RIGHT), right.permute((1, 0)).load(RIGHT))
 
     state = State(
-        gl.zeros([ROWS, HEAD], gl.float32, PRODUCT), gl.full([ROWS], EMPTY, gl.float32, OF_ROWS),
-        gl.zeros([ROWS, PAGE], gl.float32, PRODUCT),
+        gl.zeros([HEAD, batch.WIDTH], gl.float32, PRODUCT), gl.full([batch.WIDTH], EMPTY, gl.float32, OF_HEADS),
+        gl.zeros([PAGE, batch.WIDTH], gl.float32, PRODUCT),
     )  # fmt: skip
     if batch.DECODE:  # noqa: SIM102 (the compiler knows the first)
         if is_last:
             write_cache(batch, slot, key, value)
-            free = ring.value_slots.index(STAGES - 1).slice(0, NEW)
-            state = attend_new(batch, free, queries, state, key, value_row)
+            # The last slot is free until the first step.
+            state = attend_new(batch, ring.value_slots.index(STAGES - 1), queries, state, key, value_row)
 
-    local_token = gl.arange(0, ROWS, OF_ROWS) // batch.GROUPS
-    for page in range(clear):
+    for page in range(cached // PAGE):
         async_copy.wait_group(STAGES - 2)
         if page + (STAGES - 1) < pages:
             copy_page(batch, ring, block, (page + (STAGES - 1)) % STAGES)
         async_copy.commit_group()
         block = gl.load(table + gl.minimum(page + STAGES, last))
-        state = attend_page(batch, ring, queries, state, page % STAGES, local_token, 0, False)
-    for page in range(clear, pages):
-        async_copy.wait_group(STAGES - 2)
-        if page + (STAGES - 1) < pages:
-            copy_page(batch, ring, block, (page + (STAGES - 1)) % STAGES)
-        async_copy.commit_group()
-        block = gl.load(table + gl.minimum(page + STAGES, last))
-        valid = cached - split.low - page * PAGE
-        bound = gl.minimum(context + local_token + 1 - split.low - page * PAGE, valid)
-        state = attend_page(batch, ring, queries, state, page % STAGES, bound, valid, True)
+        state = attend_page(batch, ring, queries, state, page % STAGES, PAGE, False)
     async_copy.wait_group(0)
+    if cached % PAGE > 0:
+        state = attend_page(batch, ring, queries, state, last % STAGES, cached % PAGE, True)
 
-    total = gl.sum(state.totals, 1)
-    head = kv_head * batch.GROUPS + gl.arange(0, ROWS, OF_ROWS) % batch.GROUPS
-    owned = local_token < tokens
-    if batch.SPLITS == 1:
-        store_result(batch, first + local_token, head, owned, state.sums / total[:, None])
+    total = gl.sum(state.totals, 0)
+    if batch.SPLITS == 1:  # noqa: SIM114 (the compiler knows it)
+        store_result(batch, token, state.sums / total[None, :])
     elif split.splits == 1:
-        store_result(batch, first + local_token, head, owned, state.sums / total[:, None])
+        store_result(batch, token, state.sums / total[None, :])
     else:
-        store_state(batch, split, first + local_token, head, owned, state, total)
+        store_state(batch, split, token, state, total)
 
 
 @gluon.jit
 def attend_split(batch, ring, split):
     """Of several splits, the one that ends last merges all."""
-    if batch.DECODE:
-        for token in range(split.begin, split.end):
-            attend_tile(batch, ring, split, token, 1, split.context + (token - split.begin))
-            # The next token sees what this one has put into the cache.
-            gl.thread_barrier()
-    else:
-        attend_tile(batch, ring, split, split.begin, split.end - split.begin, split.context)
+    for token in range(split.begin, split.end):
+        attend_token(batch, ring, split, token, split.context + (token - split.begin) + (0 if batch.DECODE else 1))
+        # The next token sees what this one has put into the cache.
+        gl.thread_barrier()
     if batch.SPLITS > 1:  # noqa: SIM102
         if split.splits > 1:
             # All threads have stored before one of them counts the program as arrived.
@@ -263,8 +279,8 @@ def attend_split(batch, ring, split):
             counter = batch.arrivals + split.sequence * (batch.HEADS // batch.GROUPS) + gl.program_id(0)
             if gl.atomic_add(counter, 1, sem="acq_rel") == split.splits - 1:
                 gl.store(counter, 0)
-                for member in range(split.end - split.begin):
-                    merge_splits(batch, split, member)
+                for token in range(split.begin, split.end):
+                    merge_splits(batch, split, token)
 
 
 @gluon.jit
@@ -302,14 +318,15 @@ def attend_few(
     query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, cos, sin, output,
     partial_sums, partial_stats, arrivals, num_sequences, partial_rows,
     query_stride, key_stride, value_stride, table_stride, key_block_stride, value_block_stride, angle_stride, factor,
-    GROUPS: gl.constexpr, HEADS: gl.constexpr, PADDED_GROUPS: gl.constexpr, QUERY_ROWS: gl.constexpr,
+    GROUPS: gl.constexpr, HEADS: gl.constexpr, PADDED_GROUPS: gl.constexpr, WIDTH: gl.constexpr, SHORT: gl.constexpr,
     SPLITS: gl.constexpr, SHARE: gl.constexpr, LISTED: gl.constexpr, DECODE: gl.constexpr, ROTARY: gl.constexpr,
 ):  # fmt: skip
-    """The sequences of at most ROWS // GROUPS new tokens, and with DECODE all, token by token; `factor`: scale ·
+    """The sequences of at most SHORT new tokens, and with DECODE all, token by token; `factor`: scale ·
     log2(e). LISTED: the grid's second axis has some programs for listed splits, then one for each sequence; 0: it has
     one for each sequence, and the third axis is their splits."""
     keys = gl.allocate_shared_memory(key_cache.dtype.element_ty, [STAGES, PAGE, HEAD], SWIZZLED)
     values = gl.allocate_shared_memory(value_cache.dtype.element_ty, [STAGES, PAGE, HEAD], SWIZZLED)
+    tile = gl.allocate_shared_memory(query.dtype.element_ty, [WIDTH, HEAD], SWIZZLED)
     gdc_launch_dependents()
     gdc_wait()
     # Made where it is passed on: an assignment would turn its constants into tensors.
@@ -318,9 +335,9 @@ def attend_few(
             query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, cos, sin,
             output, partial_sums, partial_stats, arrivals, num_sequences, partial_rows, query_stride, key_stride,
             value_stride, table_stride, key_block_stride, value_block_stride, angle_stride, factor,
-            GROUPS, HEADS, PADDED_GROUPS, QUERY_ROWS, SPLITS, SHARE, LISTED, DECODE, ROTARY,
+            GROUPS, HEADS, PADDED_GROUPS, WIDTH, SHORT, SPLITS, SHARE, LISTED, DECODE, ROTARY,
         ),
-        Ring(keys, values),
+        Ring(keys, values, tile),
     )  # fmt: skip
 
 
@@ -330,11 +347,12 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *caches: 
     tensors = (query, key, value, *caches)
     return (
         query.element_size() == 2
-        and query.shape[1] <= ROWS.value * key.shape[1]
+        and query.shape[1] <= PAGE.value * key.shape[1]
         and all(tensor.dtype == query.dtype and tensor.shape[-1] == HEAD.value for tensor in tensors)
         and all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 8 == 0 for tensor in tensors)
         and all(tensor.stride(1) == HEAD.value and tensor.stride(2) == 1 for tensor in (query, key, value))
         and all(cache.shape[2] == PAGE.value and cache[0].is_contiguous() for cache in caches)
+        and all(cache.stride(0) % 16 == 0 for cache in caches)
     )
 
 
@@ -355,10 +373,11 @@ def launch(
     partial_rows: int,
     splits: int,
     share: int,
+    short: int,
     *,
     decode: bool,
 ) -> None:
-    """Writes the rows of `output` whose sequence has few new tokens; with `decode` all, and the cache, too.
+    """Writes the rows of `output` whose sequence has at most `short` new tokens; with `decode` all, and the cache, too.
 
     `partials`: sums and statistics of splits, and counters that are zero (`attend_short`).
     """
@@ -377,6 +396,6 @@ def launch(
         query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, cos, sin, output,
         *partials, sequences, partial_rows, query.stride(0), key.stride(0), value.stride(0), block_tables.stride(0),
         key_cache.stride(0), value_cache.stride(0), cos.stride(0), scale * LOG2_E.value,
-        GROUPS=groups, HEADS=heads, PADDED_GROUPS=padded_groups, QUERY_ROWS=max(8, padded_groups) if decode else 16,
+        GROUPS=groups, HEADS=heads, PADDED_GROUPS=padded_groups, WIDTH=max(8, padded_groups), SHORT=short,
         SPLITS=splits, SHARE=share, LISTED=listed, DECODE=decode, ROTARY=angles is not None, **options,
     )  # fmt: skip

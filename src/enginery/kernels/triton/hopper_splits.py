@@ -15,14 +15,13 @@ from enginery.kernels.triton.online_softmax import EMPTY
 
 HEAD: gl.constexpr = gl.constexpr(128)
 PAGE: gl.constexpr = gl.constexpr(16)
-ROWS: gl.constexpr = gl.constexpr(16)
-"""The height of a matrix product. Row r is query head `r % GROUPS` of the kv head's group at token `r // GROUPS`."""
-FAN: gl.constexpr = gl.constexpr(8)
-"""Splits that are merged at once."""
+MERGED: gl.constexpr = gl.constexpr(32)
+"""Heads of splits that are merged at once: 128 numbers for each thread."""
 
 PRODUCT: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
+"""How a warp holds scores `[PAGE, WIDTH]` and sums `[HEAD, WIDTH]`: a column for each query head of the kv head."""
 OF_ROWS: gl.constexpr = gl.constexpr(gl.SliceLayout(1, PRODUCT.value))
-OF_COLUMNS: gl.constexpr = gl.constexpr(gl.SliceLayout(0, PRODUCT.value))
+OF_HEADS: gl.constexpr = gl.constexpr(gl.SliceLayout(0, PRODUCT.value))
 LINES: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 """Of `[.., HEAD]` on its way from or to memory: 16 bytes a thread."""
 
@@ -58,7 +57,8 @@ class Batch(NamedTuple):
     GROUPS: gl.constexpr
     HEADS: gl.constexpr
     PADDED_GROUPS: gl.constexpr
-    QUERY_ROWS: gl.constexpr
+    WIDTH: gl.constexpr
+    SHORT: gl.constexpr
     SPLITS: gl.constexpr
     SHARE: gl.constexpr
     LISTED: gl.constexpr
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The keys low..high of a sequence, whose new tokens are begin..end; the last split has the new keys, too."""
+    """The keys low..high of a sequence, whose new tokens are begin..end; the last split has all from low on."""
 
     sequence: gl.tensor
     index: gl.tensor
@@ -80,7 +80,8 @@ class Split(NamedTuple):
 
 
 class State(NamedTuple):
-    """Of a tile's rows: Σ 2^(s − maximum)·v, the largest score in units of log2, and Σ 2^(s − maximum) by columns."""
+    """Of a token's heads: Σ 2^(s − maximum)·v, the largest score in units of log2, and the parts `[PAGE, WIDTH]` of
+    Σ 2^(s − maximum)."""
 
     sums: gl.tensor
     maximum: gl.tensor
@@ -100,12 +101,14 @@ def find_split(batch, sequence, index):
     end = gl.load(batch.query_start + sequence + 1)
     context = gl.load(batch.seq_lens + sequence) - (end - begin)
     if not batch.DECODE:
-        end = gl.where(end - begin > ROWS // batch.GROUPS, begin, end)
+        end = gl.where(end - begin > batch.SHORT, begin, end)
     splits = splits_of(batch, context)
     end = gl.where(index < splits, end, begin)
     share = gl.cdiv(gl.cdiv(context, PAGE), splits) * PAGE
-    low = gl.minimum(index * share, context)
-    return Split(sequence, index, splits, begin, end, context, low, gl.minimum(low + share, context))
+    # The last one has the page that is not full, if no other: new tokens go on there, and nobody else may read them.
+    rest = gl.minimum((splits - 1) * share, context // PAGE * PAGE)
+    low = gl.minimum(index * share, rest)
+    return Split(sequence, index, splits, begin, end, context, low, gl.minimum(low + share, rest))
 
 
 @gluon.jit
@@ -124,45 +127,44 @@ def list_splits(batch):
     contexts = gl.load(batch.seq_lens + candidates, inside, other=0) - lengths
     more = gl.where(lengths > 0, splits_of(batch, contexts) - 1, 0)
     if not batch.DECODE:
-        more = gl.where(lengths > ROWS // batch.GROUPS, 0, more)
+        more = gl.where(lengths > batch.SHORT, 0, more)
     return gl.associative_scan(more, 0, plus), gl.sum(more, 0)
 
 
 @gluon.jit
-def store_result(batch, token, head, owned, result):
-    rows = (token.to(gl.int64) * batch.HEADS + head) * HEAD
-    columns = gl.arange(0, HEAD, OF_COLUMNS)
-    result = result.to(batch.output.dtype.element_ty)
-    gl.store(batch.output + rows[:, None] + columns[None, :], result, owned[:, None])
+def row_of(batch, split, token):
+    """Of the states of a token's splits."""
+    if batch.DECODE:
+        return token
+    return split.sequence * batch.SHORT + token - split.begin
 
 
 @gluon.jit
-def store_state(batch, split, token, head, owned, state, total):
+def store_state(batch, split, token, state, total):
     """For the program that merges the splits: `partial_sums [SPLITS, rows, Hq, HEAD]`, `partial_stats [2, SPLITS, rows,
-    Hq]`; a row is a token (DECODE), or sequence · BLOCK_Q + i."""
-    row = token
-    if not batch.DECODE:
-        row = split.sequence * (ROWS // batch.GROUPS) + token - split.begin
-    place = (split.index * batch.partial_rows + row) * batch.HEADS + head
+    Hq]`; a row is a token (DECODE), or sequence · SHORT + i."""
+    group = gl.arange(0, batch.WIDTH, OF_HEADS)
+    owned = group < batch.GROUPS
+    row = split.index * batch.partial_rows + row_of(batch, split, token)
+    place = row * batch.HEADS + gl.program_id(0) * batch.GROUPS + group
     gl.store(batch.partial_stats + place, state.maximum, owned)
     gl.store(batch.partial_stats + batch.SPLITS * batch.partial_rows * batch.HEADS + place, total, owned)
-    columns = gl.arange(0, HEAD, OF_COLUMNS)
-    gl.store(batch.partial_sums + place.to(gl.int64)[:, None] * HEAD + columns[None, :], state.sums, owned[:, None])
+    pointers = batch.partial_sums + place.to(gl.int64)[None, :] * HEAD + gl.arange(0, HEAD, OF_ROWS)[:, None]
+    gl.store(pointers, state.sums, owned[None, :])
 
 
 @gluon.jit
-def merge_splits(batch, split, member):
+def merge_splits(batch, split, token):
     """A new token's Σ 2^(m_i − m)·sums_i / Σ 2^(m_i − m)·total_i over the splits i.
 
     Other programs wrote them a moment ago: they are read past the L1 cache.
     """
     GROUPS: gl.constexpr = batch.PADDED_GROUPS
+    FAN: gl.constexpr = MERGED // GROUPS
     CUBES: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 1, 1], [2, 1, 0])
     PLANES: gl.constexpr = gl.SliceLayout(2, CUBES)
     SHEETS: gl.constexpr = gl.SliceLayout(0, CUBES)
-    row = split.begin + member
-    if not batch.DECODE:
-        row = split.sequence * (ROWS // batch.GROUPS) + member
+    row = row_of(batch, split, token)
     first_head = gl.program_id(0) * batch.GROUPS
     columns = gl.arange(0, HEAD, gl.SliceLayout(0, gl.SliceLayout(1, CUBES)))
     group = gl.arange(0, GROUPS, gl.SliceLayout(0, PLANES))
@@ -188,7 +190,7 @@ def merge_splits(batch, split, member):
         maximum = peak
     result = sums / gl.convert_layout(total, gl.SliceLayout(1, SHEETS))[:, None]
     group = gl.arange(0, GROUPS, gl.SliceLayout(1, SHEETS))
-    rows = ((split.begin + member).to(gl.int64) * batch.HEADS + first_head + group) * HEAD
+    rows = (token.to(gl.int64) * batch.HEADS + first_head + group) * HEAD
     pointers = batch.output + rows[:, None] + gl.arange(0, HEAD, gl.SliceLayout(0, SHEETS))[None, :]
     gl.store(pointers, result.to(batch.output.dtype.element_ty), (group < batch.GROUPS)[:, None])
 
@@ -196,8 +198,8 @@ def merge_splits(batch, split, member):
 @gluon.jit
 def clear_row(batch, token):
     """Zeroes the output of a token of no sequence."""
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
+    rows = gl.arange(0, batch.WIDTH, gl.SliceLayout(1, LINES))
     place = (token.to(gl.int64) * batch.HEADS + gl.program_id(0) * batch.GROUPS + rows) * HEAD
     columns = gl.arange(0, HEAD, gl.SliceLayout(0, LINES))
-    blank = gl.zeros([ROWS, HEAD], batch.output.dtype.element_ty, LINES)
+    blank = gl.zeros([batch.WIDTH, HEAD], batch.output.dtype.element_ty, LINES)
     gl.store(batch.output + place[:, None] + columns[None, :], blank, (rows < batch.GROUPS)[:, None])

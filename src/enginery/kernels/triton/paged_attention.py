@@ -93,7 +93,7 @@ class Call:
     angles: tuple[torch.Tensor, torch.Tensor] | None
 
     @property
-    def operands(self) -> tuple[torch.Tensor, ...]:
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.query, self.key, self.value, self.key_cache, self.value_cache
 
     @property
@@ -249,7 +249,7 @@ def _attend_short(call: Call, plan: LaunchPlan, output: torch.Tensor, arrivals: 
         hopper_decode.launch(
             *call.operands, call.slot_mapping, call.block_tables, call.query_start, call.seq_lens, call.scale,
             call.angles, output, (partial_sums, partial_stats, arrivals), rows, plan.splits, plan.share,
-            decode=plan.decode,
+            plan.short_tokens(call.groups), decode=plan.decode,
         )  # fmt: skip
         return
     padded_groups = triton.next_power_of_2(call.groups)
