@@ -3,7 +3,6 @@ served alone."""
 
 from __future__ import annotations
 
-import itertools
 import random
 import subprocess
 import sys
@@ -96,7 +95,6 @@ def whole(params: SamplingParams | BeamSearchParams) -> SamplingParams | BeamSea
     step_sizes=st.integers(1, 12).map(lambda size: tuple(range(size, 41, size))),
     many_decoding=st.integers(0, 3),
     least_prompt=st.integers(1, 3),
-    prompts_beside_many=st.integers(1, 20),
 )
 def test_streams_equal_the_serial_reference(
     seed: int,
@@ -109,14 +107,8 @@ def test_streams_equal_the_serial_reference(
     step_sizes: tuple[int, ...],
     many_decoding: int,
     least_prompt: int,
-    prompts_beside_many: int,
 ) -> None:
     rng = random.Random(seed)
-    constants = {
-        "MANY_DECODING": many_decoding,
-        "LEAST_PROMPT": least_prompt,
-        "PROMPTS_BESIDE_MANY": prompts_beside_many,
-    }
     session = make_session(
         num_blocks=num_blocks,
         max_num_tokens=max_num_tokens,
@@ -140,7 +132,7 @@ def test_streams_equal_the_serial_reference(
             victim = rng.choice(list(wanted))
             if session.cancel(victim):
                 cancelled.add(victim)
-        with mock.patch.multiple(scheduler, **constants):
+        with mock.patch.multiple(scheduler, MANY_DECODING=many_decoding, LEAST_PROMPT=least_prompt):
             outputs = step_checked(session)
         for output in outputs:
             request = wanted[output.request_id]
@@ -236,39 +228,6 @@ def test_no_prompt_is_cut(count: int, lengths: list[int], sizes: tuple[int, ...]
 
 def test_prompts_keep_64_tokens_beside_many() -> None:
     assert beside_decoding(128, [70], (192, 384))[0].num_new == [*[1] * 128, 64]
-
-
-def beside_a_stream(count: int, length: int, sizes: tuple[int, ...] = (640,)) -> list[int]:
-    """How many tokens of a prompt the steps take that has so many tokens, beside so many sequences that decode."""
-    steps = beside_decoding(count, [length], sizes)
-    return [step.num_new[-1] for step in itertools.takewhile(lambda step: step.num_new[-1] > 1, steps)]
-
-
-def test_a_long_prompt_beside_many_comes_in_chunks() -> None:
-    assert beside_a_stream(128, 500) == [384, 116]
-    assert beside_a_stream(128, 384) == [384]
-    assert beside_a_stream(127, 500) == [500]
-    assert beside_a_stream(128, 500, ()) == [500]  # no graphs: a CPU
-
-
-def test_prompts_beside_many_share_a_step() -> None:
-    first, second, *_ = beside_decoding(130, [300, 200, 90], (640,))
-    assert first.num_new == [*[1] * 130, 300, 84]
-    assert second.num_new == [*[1] * 131, 116, 90]
-
-
-def test_a_chunk_leaves_each_later_sequence_its_token() -> None:
-    """A prompt that arrived first and one that arrived last: both are cut, nobody waits."""
-    session = make_session(
-        num_blocks=1000, max_num_seqs=256, max_model_len=600, prefix_caching=False, step_sizes=(640,)
-    )
-    for _ in range(130):
-        session.add([1], SamplingParams(max_tokens=8, ignore_eos=True))
-    step_checked(session)
-    session.add([2] * 500, SamplingParams(max_tokens=2), priority=-1)
-    steps = watched(session)
-    run_to_end(session)
-    assert [step.num_new for step in steps[:2]] == [[*[1] * 130, 384], [116, *[1] * 130]]
 
 
 def test_a_cut_prompt_has_fewer_rows_of_logits() -> None:

@@ -28,9 +28,6 @@ MANY_DECODING = 128
 """Sequences of a step beside which prompts are cut to fit its padded size."""
 MOST_CUT = 4
 """Tokens that may wait a step for each row of padding that is saved."""
-PROMPTS_BESIDE_MANY = 384
-"""Tokens of prompts that such a step takes at most: a longer chunk stalls all that stream, and so many are computed
-while the step reads its weights (8B, an H200: 2 % more tokens/s under a mixed load than with chunks of 8,192)."""
 LEAST_PROMPT = 64
 """Tokens of prompts that such a step keeps."""
 
@@ -125,8 +122,7 @@ class Scheduler:
             num_tokens = length - num_computed
             if num_tokens > 1:
                 # Leave every later sequence its next token, so that a long prompt does not stall those that stream.
-                room = budget - (self.limits.max_num_tokens - self._most_tokens(self._num_decoding()))
-                num_tokens = max(1, min(num_tokens, room - (len(self.running) - index)))
+                num_tokens = max(1, min(num_tokens, budget - (len(self.running) - index)))
                 num_tokens = self._within_prompt_logits(schedule, sequence, num_tokens)
             if num_tokens <= 0:
                 continue
@@ -141,8 +137,7 @@ class Scheduler:
 
     def _admit(self, schedule: Schedule) -> None:
         """Waiting sequences in order, until the first that does not fit."""
-        most_tokens = self._most_tokens(schedule.num_new.count(1))
-        while self.waiting and schedule.num_tokens < most_tokens:
+        while self.waiting and schedule.num_tokens < self.limits.max_num_tokens:
             sequence = self.waiting[0]
             if sequence.num_pending or not self._has_rows_for(sequence):
                 return
@@ -158,7 +153,7 @@ class Scheduler:
                 self._blocked, self._blocked_at = sequence, self.blocks.num_free
                 return
             computed = len(hits) * self.limits.block_size
-            num_tokens = min(sequence.num_tokens - computed, most_tokens - schedule.num_tokens)
+            num_tokens = min(sequence.num_tokens - computed, self.limits.max_num_tokens - schedule.num_tokens)
             num_tokens = self._within_prompt_logits(schedule, sequence, num_tokens)
             if num_tokens <= 0:
                 return
@@ -168,17 +163,6 @@ class Scheduler:
             schedule.sequences.append(sequence)
             schedule.num_new.append(num_tokens)
             schedule.num_tokens += num_tokens
-
-    def _num_decoding(self) -> int:
-        """Running sequences that have but one token to compute."""
-        return sum(len(each.token_ids) + each.num_pending - each.num_computed == 1 for each in self.running)
-
-    def _most_tokens(self, decoding: int) -> int:
-        """Of a step in which so many sequences decode."""
-        most = self.limits.max_num_tokens
-        if decoding < MANY_DECODING or not self.limits.step_sizes:
-            return most
-        return min(most, decoding + PROMPTS_BESIDE_MANY)
 
     def _cut_to_size(self, schedule: Schedule) -> None:
         """Shortens the chunk of a prompt beside many decoding sequences, so that the step needs no padding.
