@@ -68,6 +68,14 @@ def test_a_gpu_keeps_room_for_sampling_and_captured_steps(source: Imported, monk
     assert measured.limits.max_model_len == LONGEST
 
 
+@pytest.mark.parametrize(("settings", "tokens"), [({}, 8192 + 48), ({"max_num_batched_tokens": 4096}, 4096)], ids=str)
+def test_a_step_on_a_gpu_has_room_for_prompts_beside_all_that_decode(
+    settings: dict[str, int], tokens: int, source: Imported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = gpu_plan(source, monkeypatch, 1 << 30, max_num_seqs=48, **settings)
+    assert plan.limits.max_num_tokens == tokens
+
+
 def test_a_gpu_that_is_too_small_is_told_with_what_is_needed(source: Imported, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError, match=r"weights of .* do not fit into 1.00 MiB free on cuda") as caught:
         gpu_plan(source, monkeypatch, 1 << 20)

@@ -6,8 +6,10 @@ Two kernels share the batch by the number of a sequence's new tokens, which only
   a sequence are cut into parts (`plan_splits`), so that few sequences fill the GPU and a long one among many does not
   hold it up; the program that ends last merges the parts.
 - *long* (prefill chunks): one program per tile of queries and kv head; blocks of keys that the causal mask or the
-  window hides are skipped. New keys are read where the projections left them, cached ones through the table. What
-  most models need of it on Hopper, `hopper_prompts.py` does faster: bfloat16, heads of 128, no feature.
+  window hides are skipped. New keys are read where the projections left them, cached ones through the table.
+
+What most models need of either on Hopper, `hopper_decode.py` and `hopper_prompts.py` do faster: 16 bits (of prompts
+bfloat16), heads of 128, no feature.
 
 Where there are as many tokens as sequences (T = S: decoding), only *short* runs, and it writes the cache too: the new
 tokens go through registers on their way there, turned if there is rotary embedding. Otherwise `write_cache` comes
