@@ -231,7 +231,8 @@ class LLM:
         device: "auto", "cpu" or "cuda".
         max_model_len: longest sequence in tokens; None: that of the model, or what memory allows.
         max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: new tokens of one step, over all sequences.
+        max_num_batched_tokens: new tokens of one step, over all sequences; 512 on a CPU, on a GPU 8192 and one for each
+            of max_num_seqs.
         kv_cache_memory: bytes of the KV cache; None: what is free, within reason.
         backend: "compiled", or "eager": no compilation, slow, the reference.
         disabled_rules: rewrite rules to switch off, by name.

@@ -126,8 +126,9 @@ def test_listed_splits_of_a_crowd_are_more() -> None:
     for pairs in (8, 64, 128, 256, 512):
         assert plan_splits(H200, pairs, 512, listed=True) == plan_splits(H200, pairs, 512)
     plan = partial(kernels.plan_launch, H200, 256, 256, 8192, 8, 4)
-    crowds = [plan(128, 2), plan(128, 4), plan(64, 2), plan(128, 2, is_plain=False)]
-    assert [(crowd.splits, crowd.share) for crowd in crowds] == [(8, 32), (4, 32), (4, 32), (4, 32)]
+    others = [plan(128, 4), plan(64, 2), plan(128, 2, is_plain=False), plan(128, 2, listed=False)]
+    assert (plan(128, 2).splits, plan(128, 2).share) == (8, 32)
+    assert {(other.splits, other.share) for other in others} == {(4, 32)}
 
 
 @pytest.mark.parametrize(
@@ -135,9 +136,9 @@ def test_listed_splits_of_a_crowd_are_more() -> None:
     [
         (1, 64, (2, 1, 64), 0),
         (32, 8, (2, 32, 8), 0),
-        (33, 8, (2, 33 + 64, 1), 64),
-        (64, 2, (2, 64 + 64, 1), 64),
-        (65, 8, (2, 65 + 64, 1), 128),
+        (33, 8, (2, 33 + 64, 1), 256),
+        (64, 2, (2, 64 + 64, 1), 256),
+        (257, 8, (2, 257 + 64, 1), 512),
         (65, 1, (2, 65, 1), 0),
     ],
 )

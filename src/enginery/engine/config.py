@@ -36,7 +36,8 @@ class BuildConfig:
         device: "auto": cuda if there is one, else cpu.
         max_model_len: longest sequence in tokens; None: that of the model, or what memory allows.
         max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: new tokens of one step over all sequences; None: the device's default.
+        max_num_batched_tokens: new tokens of one step over all sequences; None: 512 on a CPU, on a GPU 8192 and one for
+            each of max_num_seqs.
         kv_cache_memory: bytes of the KV cache; None: what is free, within reason.
         backend: "compiled" regions, or "eager": the network's references, no compilation.
         disabled_rules: names of rewrite rules that are left out.

@@ -303,7 +303,7 @@ def attend_long(
     PADDED_SEQUENCES: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """One program per kv head and tile of BLOCK_Q tokens; `attend_short` has the sequences of at most SHORT new tokens.
+    """One program per kv head and tile of BLOCK_Q tokens; others have the sequences of at most SHORT new tokens.
 
     `key_tiles` and `value_tiles`, if not None, are descriptors of the new keys and values `[T, Hkv·D]`.
 

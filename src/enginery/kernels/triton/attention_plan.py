@@ -105,9 +105,10 @@ def plan_launch(
     itemsize: int,
     *,
     is_plain: bool = True,
+    listed: bool = True,
 ) -> LaunchPlan:
     """`capacity`: keys that a block table can name; `width`: the larger padded head size; `itemsize`: bytes a number;
-    `is_plain`: no feature changes scores or hides keys.
+    `is_plain`: no feature changes scores or hides keys; `listed`: `attend_few` would take the call.
 
     The tiles are the fastest found on an H200 (`benchmarks/gpu_kernels.py --tune`). Decoding wants many small programs,
     one warp and one page at a time, whose loads hide each other's latency.
@@ -120,7 +121,7 @@ def plan_launch(
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
     on_hopper = gpu.runs_hopper_kernels and width == 128 and itemsize == 2 and is_plain
-    splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n, listed=on_hopper and rows == 16)
+    splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n, listed=on_hopper and listed)
     # Of prompts one program a multiprocessor: its shared memory holds no second one.
     return LaunchPlan(
         tokens == sequences, short, long, splits, share, gpu.hopper_or_later, gpu.processors if on_hopper else 0
@@ -134,7 +135,7 @@ def plan_splits(gpu: Gpu, pairs: int, blocks: int, *, listed: bool = False) -> t
 
     Few pairs are cut until they fill the GPU, if that leaves no long pieces. Many fill it by themselves, but contexts
     differ: a long one, served by a single program, would hold up the step (248 sequences of 343 keys on average and
-    2,138 at most: 153 µs in one piece each, 113 in pieces of at least 512 keys on an H200;
+    2,138 at most, by `attend_short`: 153 µs in one piece each, 113 in pieces of at least 512 keys on an H200;
     `benchmarks/gpu_kernels.py`).
     """
     filling = gpu.programs // max(1, pairs)

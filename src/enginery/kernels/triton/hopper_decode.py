@@ -8,18 +8,20 @@ they ask for, and few of them fit a multiprocessor beside their pages. So all is
 
 Products are computed with keys and values on the left, K·Qᵀ and Vᵀ·Pᵀ: a kv head has few query heads, and the least
 width of a product is 8 where its least height is 16. P becomes a right operand by one instruction (`transpose`). A page
-takes 207 instructions, 460 in `attend_short`. Which keys a program has is in `hopper_splits.py`.
+takes 207 instructions, 430 to 450 in `attend_short`. Which keys a program has is in `hopper_splits.py`.
 
-Attention of a batch in µs on an H200, 32 heads over 8 kv heads, beside `attend_short` and the time to read its keys:
+Attention of a batch in µs on an H200, 32 heads over 8 kv heads, and the time to read its keys; `attend_short` on
+another:
 
     sequences x keys     1 x 193    8 x 193   32 x 193   64 x 193  128 x 193  256 x 193  248 x 343  16 x 8257
     attend_few              5.5        7.6       10.9       16.9       27.8       52.2       93.0      129.1
     attend_short            7.1        9.2       14.1       20.3       31.5       59.6      112.9      131.2
     least                   0.2        1.4        5.7       11.4       22.7       45.4       78.5      121.5
 
-Measured to lose (`benchmarks/results/gpu_kernels.json`): queries on the left (1 to 4 % more), copies by the tensor
-memory accelerator, which cost each warp more instructions than its own (57.9 for 256 x 193), two or four pages a step,
-more slots.
+Measured, too (`benchmarks/results/gpu_kernels.json`): queries on the left take 1 to 3 % more, but 1 to 3 % less for few
+sequences of thousands of keys. Copies by the tensor memory accelerator cost each warp more instructions than its own
+(57.9 µs for 256 x 193 with four slots, its own 56.0). Two pages a step are better for 256 x 193 (52.7, one 55.1, both
+with queries on the left) and worse for long contexts; more slots, for which fewer programs fit, are worse throughout.
 """
 
 from typing import Any, NamedTuple
@@ -51,19 +53,21 @@ from enginery.kernels.triton.online_softmax import EMPTY, LOG2_E
 HALF: gl.constexpr = gl.constexpr(64)
 """Columns that rotary embedding turns into the others."""
 STAGES: gl.constexpr = gl.constexpr(3)
-"""Slots of a page's keys and values. With a tile of queries of its own a program has 26 KiB, and a multiprocessor eight
-programs. With nine, for which the tile would lie in a slot, those of a launch are spread less evenly: 16 x 8257 takes
-138.6 µs instead of 129.1."""
+"""Slots of a page's keys and values. With a tile for queries a program has 26 KiB (28 for more than 8 heads a kv head),
+and a multiprocessor eight programs. With nine, for which the tile would lie in a slot, those of a launch are spread
+less evenly: 16 x 8257 takes 138.6 µs instead of 129.1."""
 LISTED_PROGRAMS = 64
 """For each kv head: those that look up splits beyond a sequence's first."""
 MOST_PLACED = 32
 """Sequences for which the grid has a program for each split; of more, splits are listed."""
+LEAST_LISTED = 256
+"""Sequences for which the listing is compiled, at least: so that one kernel serves most batches."""
 
 SWIZZLED: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0]))
 LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, PRODUCT.value, 2))
 RIGHT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(1, PRODUCT.value, 2))
 HALVES: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0]))
-"""Of `[.., HALF]`, likewise."""
+"""Of `[.., HALF]`: 16 bytes a thread."""
 
 
 class Ring(NamedTuple):
@@ -270,12 +274,10 @@ def attend_split(batch, ring, split):
     """Of several splits, the one that ends last merges all."""
     for token in range(split.begin, split.end):
         attend_token(batch, ring, split, token, split.context + (token - split.begin) + (0 if batch.DECODE else 1))
-        # The next token sees what this one has put into the cache.
+        # All threads have stored before the next token reads the cache, or one counts the program as arrived.
         gl.thread_barrier()
     if batch.SPLITS > 1:  # noqa: SIM102
         if split.splits > 1:
-            # All threads have stored before one of them counts the program as arrived.
-            gl.thread_barrier()
             counter = batch.arrivals + split.sequence * (batch.HEADS // batch.GROUPS) + gl.program_id(0)
             if gl.atomic_add(counter, 1, sem="acq_rel") == split.splits - 1:
                 gl.store(counter, 0)
@@ -288,18 +290,18 @@ def attend(batch, ring):
     """All that a program does: the split that its place in the grid names, or some of those that are listed."""
     listing = gl.num_programs(1) - batch.num_sequences
     place = gl.program_id(1)
-    turns = 1
+    rounds = 1
     if batch.LISTED:
         until = gl.zeros([batch.LISTED], gl.int32, gl.BlockedLayout([batch.LISTED // 32], [32], [1], [0]))
         if place < listing:
             until, count = list_splits(batch)
-            turns = gl.cdiv(count - place, listing)
-    for turn in range(turns):
+            rounds = gl.cdiv(count - place, listing)
+    for number in range(rounds):
         sequence = place - listing
         index = gl.program_id(2)
         if batch.LISTED:  # noqa: SIM102
             if sequence < 0:
-                item = place + turn * listing
+                item = place + number * listing
                 before = until <= item
                 sequence = gl.sum(before.to(gl.int32), 0)
                 index = item - gl.max(gl.where(before, until, 0), 0) + 1
@@ -309,7 +311,7 @@ def attend(batch, ring):
     if batch.DECODE:
         # A padded batch: row i belongs to nobody if the sequences have fewer tokens.
         row = place - listing
-        if (row >= 0) & (row >= gl.load(batch.query_start + batch.num_sequences)):
+        if (row >= 0) & (gl.program_id(2) == 0) & (row >= gl.load(batch.query_start + batch.num_sequences)):
             clear_row(batch, row)
 
 
@@ -390,7 +392,7 @@ def launch(
     listed = 0
     if splits > 1 and sequences > MOST_PLACED:
         grid = (kv_heads, sequences + LISTED_PROGRAMS, 1)
-        listed = triton.next_power_of_2(sequences)
+        listed = max(LEAST_LISTED, triton.next_power_of_2(sequences))
     options: dict[str, Any] = {"num_warps": 1, "launch_pdl": True}
     attend_few[grid](
         query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, cos, sin, output,

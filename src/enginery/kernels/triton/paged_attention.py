@@ -9,7 +9,7 @@ Two kernels share the batch by the number of a sequence's new tokens, which only
   window hides are skipped. New keys are read where the projections left them, cached ones through the table.
 
 What most models need of either on Hopper, `hopper_decode.py` and `hopper_prompts.py` do faster: 16 bits (of prompts
-bfloat16), heads of 128, no feature.
+bfloat16), heads of 128, no feature. The former reads a context once for each new token, of which there is mostly one.
 
 Where there are as many tokens as sequences (T = S: decoding), only *short* runs, and it writes the cache too: the new
 tokens go through registers on their way there, turned if there is rotary embedding. Otherwise `write_cache` comes
@@ -173,6 +173,7 @@ class Call:
         return plan_launch(
             Gpu.of(self.query.device), self.tokens, self.sequences, self.block_tables.shape[1] * block_size,
             self.kv_heads, self.groups, width, self.query.element_size(), is_plain=self.is_plain,
+            listed=hopper_decode is not None and hopper_decode.takes(*self.operands),
         )  # fmt: skip
 
 
