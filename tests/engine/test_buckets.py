@@ -52,6 +52,29 @@ def test_shapes_at_open_are_shapes_that_steps_take(limits: EngineLimits) -> None
     assert all(buckets.fitting(shape) == shape for shape in shapes)
 
 
+@pytest.mark.parametrize(
+    ("exact", "padded"),
+    [
+        ((5000, 1, 20, 1), (5000, 32, 32, 32)),
+        ((5000, 32, 33, 3), (5000, 32, 128, 32)),
+        ((5000, 33, 20, 33), (5000, 256, 256, 256)),
+        ((5000, 2, 20, 40), (5000, 256, 256, 256)),  # logits of a prompt
+        ((5000, 2, 20, 300), (5000, 2, 20, 300)),  # more of them
+        ((5000, 257, 20, 1), (5000, 257, 20, 1)),  # more than there can be
+        ((5000, 2, 257, 2), (5000, 2, 257, 2)),
+        ((256, 40, 20, 40), (256, 40, 20, 40)),  # would be decoding
+        ((90, 90, 20, 90), (90, 90, 20, 90)),  # is decoding
+    ],
+)
+def test_a_launched_step_has_the_sequences_and_columns_of_captured_ones(
+    exact: tuple[int, ...], padded: tuple[int, ...]
+) -> None:
+    buckets = Buckets.of(LIMITS)
+    assert buckets.launched(StepShape(*exact)) == StepShape(*padded)
+    captured = {(shape.sequences, shape.blocks) for shape in buckets.at_open()}
+    assert exact == padded or (padded[1], padded[2]) in captured
+
+
 SIZES = (64, 128, 160, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 
 

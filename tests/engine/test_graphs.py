@@ -119,8 +119,8 @@ def test_after_a_capture_that_cannot_be_ended_steps_are_launched(
         def run(self, shape: StepShape) -> torch.Tensor:
             raise StepError("region layer failed: operation not permitted when stream is capturing")
 
-        def __call__(self, inputs: StepInputs) -> torch.Tensor:
-            return launched(inputs)
+        def __call__(self, inputs: StepInputs, shape: StepShape) -> torch.Tensor:
+            return launched(inputs, shape)
 
     for name in ("graph_pool_handle", "Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
@@ -150,9 +150,9 @@ def test_a_step_that_was_not_captured_waits_for_its_rehearsal(
                 raise torch.OutOfMemoryError
             return launched.run(shape)
 
-        def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        def __call__(self, inputs: StepInputs, shape: StepShape) -> torch.Tensor:
             events.append("launch")
-            return launched(inputs)
+            return launched(inputs, shape)
 
     current = MagicMock()
     current.wait_stream = lambda _: events.append("wait")
@@ -163,6 +163,30 @@ def test_a_step_that_was_not_captured_waits_for_its_rehearsal(
     graphed = GraphedStep(Spied("capture"), Spied("rehearsal"), buffer, engine.limits)  # type: ignore[arg-type]
     graphed(empty_step())
     assert events == ["rehearsal", "wait", *(["capture"] if failing == "capture" else []), "launch"]
+
+
+def test_a_step_that_is_too_large_to_be_captured_is_padded_where_kernels_ask(
+    padded: tuple[Engine, LaunchedStep, InputBuffer], model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not its tokens, but its sequences and block tables: its logits are those of the step as it is."""
+    engine, launched, buffer = padded
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", MagicMock())
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    limits = dataclasses.replace(engine.limits, max_num_tokens=32)
+    shapes: list[StepShape] = []
+
+    def run(inputs: StepInputs, shape: StepShape) -> torch.Tensor:
+        shapes.append(shape)
+        return launched(inputs, shape)
+
+    graphed = GraphedStep(run, launched, buffer, limits)  # type: ignore[arg-type]
+    batcher = Batcher(model)
+    inputs, expected = batcher.step([(batcher.add(random_tokens(40, seed)), 20) for seed in range(3)])
+    logits = graphed(inputs)
+    most, columns = limits.max_num_seqs, -(-limits.max_model_len // 16)
+    assert (most, columns) > (3, inputs.block_tables.shape[1])
+    assert shapes == [StepShape(60, most, columns, most)]
+    torch.testing.assert_close(logits[:3], expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- on a GPU

@@ -83,6 +83,17 @@ class Buckets:
             return None
         return StepShape(tokens, sequences, blocks, sequences)
 
+    def launched(self, shape: StepShape) -> StepShape:
+        """How a step that no captured shape holds is padded: not its tokens, but sequences and columns to those of
+        captured steps. For these kernels have been compiled; one that a server meets first holds it up for a second.
+        """
+        sequences = _at_least(self.sequences, max(shape.sequences, shape.logits))
+        blocks = None if sequences is None else _at_least(self.blocks(sequences), shape.blocks)
+        # As many sequences as tokens would be taken for decoding.
+        if shape.is_decode or sequences is None or blocks is None or shape.tokens <= sequences:
+            return shape
+        return StepShape(shape.tokens, sequences, blocks, sequences)
+
     def at_open(self) -> Iterator[StepShape]:
         """The usual shapes, the largest first: what they free serves the smaller ones."""
         for sequences in reversed(self.sequences):

@@ -37,9 +37,9 @@ class LaunchedStep:
         self._step = step
         self._buffer = buffer
 
-    def __call__(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits `[≥ L, vocab_size]`."""
-        shape = StepShape.of(inputs)
+    def __call__(self, inputs: StepInputs, shape: StepShape | None = None) -> torch.Tensor:
+        """Logits `[≥ L, vocab_size]`; `shape`: to which the inputs are padded."""
+        shape = shape or StepShape.of(inputs)
         self._buffer.send(inputs, shape)
         return self.run(shape)
 
@@ -66,10 +66,11 @@ class GraphedStep:
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Logits `[≥ L, vocab_size]`, valid until the next call."""
-        shape = self.buckets.fitting(StepShape.of(inputs))
+        exact = StepShape.of(inputs)
+        shape = self.buckets.fitting(exact)
         captured = None if shape is None else self._once(shape)
         if shape is None or captured is None:
-            return self._launched(inputs)
+            return self._launched(inputs, self.buckets.launched(exact))
         self._buffer.send(inputs, shape)
         captured.graph.replay()
         return captured.logits
