@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from enginery.engine.config import BuildConfig
 from enginery.engine.engine import Engine
 from enginery.engine.manifest import Facts, Manifest
 from enginery.engine.memory import MemoryPlan, plan_memory
+from enginery.engine.protocol import Progress
 from enginery.engine.regions import outline
 from enginery.errors import RequestError, UnsupportedError, UsageError
 from enginery.rewriting.isolation import check_tokens_apart
@@ -53,8 +54,6 @@ CARRIED_FILES = (
 Prompt = str | Mapping[str, Any] | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 Params = SamplingParams | BeamSearchParams
-Progress = Callable[[str, int, int], None]
-"""stage, done, total (0: unknown)"""
 
 
 @dataclasses.dataclass(frozen=True)
