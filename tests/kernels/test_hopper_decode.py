@@ -19,6 +19,7 @@ from enginery.ops.paged_attention import paged_attention_reference
 from enginery.ops.rotary_paged_attention import rotary_paged_attention_reference
 
 from .test_hopper_prompts import (
+    FEATURES_AND_SIZES,
     H200,
     LLAMA,
     SCALE,
@@ -64,18 +65,7 @@ def test_beside_prompts_so_do_few_tokens(dtype: torch.dtype, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"window": 20},
-        {"softcap": 1.5},
-        {"sinks": True},
-        {"alibi": True},
-        {"dtype": torch.float32},
-        {"dv": 64},
-        {"dk": 64},
-        {"dk": 120, "dv": 120},
-        {"heads": 17},
-        {"heads": 40, "kv_heads": 2},
-    ],
+    [*FEATURES_AND_SIZES, {"dtype": torch.float32}, {"heads": 17}, {"heads": 40, "kv_heads": 2}],
     ids=str,
 )
 def test_features_and_other_shapes_go_to_the_general_kernel(change: dict, monkeypatch: pytest.MonkeyPatch) -> None:

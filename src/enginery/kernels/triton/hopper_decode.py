@@ -24,7 +24,7 @@ sequences of thousands of keys. Copies by the tensor memory accelerator cost eac
 with queries on the left) and worse for long contexts; more slots, for which fewer programs fit, are worse throughout.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,12 +33,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from enginery.kernels.triton.hopper_ring import HEAD, PAGE
 from enginery.kernels.triton.hopper_splits import (
-    HEAD,
     LINES,
     OF_HEADS,
     OF_ROWS,
-    PAGE,
     PRODUCT,
     Batch,
     State,
@@ -393,11 +392,11 @@ def launch(
     if splits > 1 and sequences > MOST_PLACED:
         grid = (kv_heads, sequences + LISTED_PROGRAMS, 1)
         listed = max(LEAST_LISTED, triton.next_power_of_2(sequences))
-    options: dict[str, Any] = {"num_warps": 1, "launch_pdl": True}
     attend_few[grid](
         query, key, value, key_cache, value_cache, slot_mapping, block_tables, query_start, seq_lens, cos, sin, output,
         *partials, sequences, partial_rows, query.stride(0), key.stride(0), value.stride(0), block_tables.stride(0),
         key_cache.stride(0), value_cache.stride(0), cos.stride(0), scale * LOG2_E.value,
         GROUPS=groups, HEADS=heads, PADDED_GROUPS=padded_groups, WIDTH=max(8, padded_groups), SHORT=short,
-        SPLITS=splits, SHARE=share, LISTED=listed, DECODE=decode, ROTARY=angles is not None, **options,
+        SPLITS=splits, SHARE=share, LISTED=listed, DECODE=decode, ROTARY=angles is not None, num_warps=1,
+        launch_pdl=True,
     )  # fmt: skip

@@ -12,10 +12,9 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from enginery.kernels.triton.hopper_ring import HEAD, PAGE, plus
 from enginery.kernels.triton.online_softmax import EMPTY
 
-HEAD: gl.constexpr = gl.constexpr(128)
-PAGE: gl.constexpr = gl.constexpr(16)
 MERGED: gl.constexpr = gl.constexpr(32)
 """Heads of splits that are merged at once: 128 numbers for each thread."""
 
@@ -110,11 +109,6 @@ def find_split(batch, sequence, index):
     rest = gl.minimum((splits - 1) * share, context // PAGE * PAGE)
     low = gl.minimum(index * share, rest)
     return Split(sequence, index, splits, begin, end, context, low, gl.minimum(low + share, rest))
-
-
-@gluon.jit
-def plus(a, b):
-    return a + b
 
 
 @gluon.jit

@@ -21,6 +21,7 @@ T = S with long chunks among empty sequences is merely slow.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -129,6 +130,11 @@ class Call:
         """No feature changes scores or hides keys, beyond causality."""
         return self.window is None and self.softcap is None and self.sinks is None and self.alibi_slopes is None
 
+    @cached_property
+    def suits_attend_few(self) -> bool:
+        """Asked for the plan, and where it is followed."""
+        return self.is_plain and hopper_decode is not None and hopper_decode.takes(*self.operands)
+
     @property
     def features(self) -> dict[str, Any]:
         return {
@@ -173,7 +179,7 @@ class Call:
         return plan_launch(
             Gpu.of(self.query.device), self.tokens, self.sequences, self.block_tables.shape[1] * block_size,
             self.kv_heads, self.groups, width, self.query.element_size(), is_plain=self.is_plain,
-            listed=hopper_decode is not None and hopper_decode.takes(*self.operands),
+            listed=self.suits_attend_few,
         )  # fmt: skip
 
 
@@ -248,7 +254,7 @@ def _attend_short(call: Call, plan: LaunchPlan, output: torch.Tensor, arrivals: 
     if plan.splits > 1:
         partial_sums = output.new_empty(plan.splits, rows, heads, dv, dtype=torch.float32)
         partial_stats = output.new_empty(2, plan.splits, rows, heads, dtype=torch.float32)
-    if plan.hopper_programs and call.is_plain and hopper_decode.takes(*call.operands):
+    if plan.hopper_programs and call.suits_attend_few:
         hopper_decode.launch(
             *call.operands, call.slot_mapping, call.block_tables, call.query_start, call.seq_lens, call.scale,
             call.angles, output, (partial_sums, partial_stats, arrivals), rows, plan.splits, plan.share,
