@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from .triton_device import check_replays, kernels_for_device
 
@@ -15,6 +19,8 @@ with kernels_for_device():
     from enginery.kernels.triton import cublas
     from enginery.kernels.triton.cublas_choices import Choice, Choices, Family
     from enginery.kernels.triton.cublas_lt import Algorithm, CublasLt, Shape
+    from enginery.kernels.triton.cublas_tiles import CLUSTERS, FILLED, MOST_ROUNDS, TILES, WIDTHS, filling
+    from enginery.kernels.triton.float8 import processors_of
 
 SQUARE = Family(64, 64, torch.bfloat16)
 NARROW = Family(64, 64, torch.float8_e4m3fn, scaled=True)
@@ -103,9 +109,80 @@ class Library:
     def accepts(self, shape: Shape, algorithm: Algorithm) -> bool:
         return algorithm != choice(2).algorithm or shape.rows <= 100
 
+    def cut(self, shape: Shape, algorithm: Algorithm, tile: int, option: int, cluster: int) -> Algorithm | None:
+        """Of two options, the second of which multiplies wrongly."""
+        return Algorithm(bytes([tile, option, cluster]), 0) if option < 2 and cluster == CLUSTERS[0] else None
+
     def multiply(self, shape, algorithm, input, weight, scales) -> torch.Tensor:
         self.multiplied.append((shape, algorithm))
-        return torch.nn.functional.linear(input.float(), weight.float()).to(shape.result)
+        result = torch.nn.functional.linear(input.float(), weight.float()).to(shape.result)
+        return result * 1.1 if algorithm.code[1:2] == b"\1" and len(algorithm.code) == 3 else result
+
+
+@given(
+    rows=st.integers(1, 2048), features=st.integers(1, 40_000), processors=st.sampled_from([1, 78, 114, 132])
+)  # fmt: skip
+def test_tiles_fill_the_gpu(rows: int, features: int, processors: int) -> None:
+    sides = {number: (height, width) for height in TILES for width, number in zip(WIDTHS, TILES[height], strict=True)}
+    for height, width in map(sides.__getitem__, filling(rows, features, processors)):
+        tiles = math.ceil(features / height) * math.ceil(rows / width)
+        rounds = math.ceil(tiles / processors)
+        assert rounds <= MOST_ROUNDS
+        assert tiles * height * width >= rows * features >= FILLED * rounds * processors * height * width
+
+
+def test_tiles_of_decoding() -> None:
+    gate_up, o = filling(256, 28672, 132), filling(256, 4096, 132)
+    assert gate_up == [TILES[224][1], TILES[112][1]]  # two rounds, or four; those of 256 would be 1.7 of two
+    assert o == [TILES[64][1], TILES[128][0]]
+    assert filling(448, 28672, 132) == []
+
+
+def test_what_fills_the_gpu_is_measured_too_if_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, measured = Family(192, 64, torch.bfloat16), []
+    monkeypatch.setattr(cublas, "fastest", lambda choices, run, weights: measured.extend(choices))
+    monkeypatch.setattr(
+        cublas, "operands", lambda family, rows, device: (torch.ones(rows, 64).bfloat16(), [torch.ones(192, 64)])
+    )
+    ours = cublas.Cublas(Library(), Choices())
+    ours._processors = 3
+    with ours.measuring():
+        ours.linear(torch.randn(128, 64).bfloat16(), torch.randn(192, 64).bfloat16())
+    tiles = filling(128, family.features, 3)
+    assert len(tiles) == 2
+    assert measured == [choice(1), choice(2), *(Choice(Algorithm(bytes([tile, 0, CLUSTERS[0]]), 0)) for tile in tiles)]
+
+
+class Clock:
+    """Of a GPU that takes each algorithm's number of milliseconds, after a delay that the host is too slow for at
+    first."""
+
+    def __init__(self, host: int) -> None:
+        self.host, self.delays, self.launched = host, [], []
+
+    def sleep(self, cycles: int) -> None:
+        self.delays.append(cycles)
+        self.launched = []
+
+    def run(self, each: Choice, weight: torch.Tensor) -> None:
+        self.launched.append(each.algorithm.workspace)
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        return SimpleNamespace(
+            record=lambda: None, synchronize=lambda: None, query=lambda: self.host > self.delays[-1],
+            elapsed_time=lambda end: 1000 - self.launched[0] if self.host > self.delays[-1] else self.launched[0],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("host", [0, 10_000_000])
+def test_a_gpu_that_waits_for_the_host_is_timed_again(host: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(host)
+    monkeypatch.setattr(torch.cuda, "_sleep", clock.sleep)
+    monkeypatch.setattr(torch.cuda, "Event", clock.event)
+    choices = [choice(number) for number in (7, 2, 9, 4, 5, 6)]
+    assert cublas.fastest(choices, clock.run, [torch.zeros(1)]) == choice(2)
+    assert cublas.fastest([], clock.run, []) is None
+    assert max(clock.delays) == (16_000_000 if host else cublas.DELAY)
 
 
 def test_a_product_is_measured_once_and_only_while_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +299,19 @@ def test_every_algorithm_multiplies(shape: tuple[int, int, int], dtype: torch.dt
         assert algorithms or scales is by_rows
         for algorithm in algorithms:
             close(lt.multiply(product, algorithm, input, weight, scales), input, weight, *scales)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(256, 4096, 14336), (256, 28672, 4096), (384, 4096, 512)], ids=str)
+def test_every_cut_multiplies(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, features, depth = shape
+    lt, input, weight = CublasLt(), randn(rows, depth, dtype=dtype), randn(features, depth, dtype=dtype)
+    ones, product = [torch.ones(1, device="cuda")] * 2, Shape(rows, features, depth, dtype)
+    cuts = list(cublas.cut(lt, Family.of(weight), rows, processors_of(weight.device)))
+    assert cuts or torch.cuda.get_device_capability() != (9, 0)
+    for each in cuts:
+        close(lt.multiply(product, each.algorithm, input, weight, ones), input, weight)
 
 
 @pytest.mark.gpu

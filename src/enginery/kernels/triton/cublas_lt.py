@@ -9,7 +9,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
+from ctypes import (
+    byref,
+    c_float,
+    c_int,
+    c_int8,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+    sizeof,
+)  # fmt: skip
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +37,7 @@ TRANSPOSE_A, SCALE_A, SCALE_B, FAST_ACCUMULATION, SCALE_MODE_A, SCALE_MODE_B = 3
 OUTER_VECTOR = 3
 """mode of scales: one for each row of either operand"""
 MOST_WORKSPACE, REDUCTIONS, ALIGNMENTS = 1, 3, (5, 6, 7, 8)
+TILE, OPTION, CLUSTER = 1, 5, 8
 IN_FLOAT32 = 2
 """Mask of reductions: the parts of a split depth are added up in the type of the sums, not in that of the result."""
 ALIGNED = 16
@@ -121,12 +135,29 @@ class CublasLt:
 
     def accepts(self, shape: Shape, algorithm: Algorithm) -> bool:
         """Whether the algorithm, of another number of rows, say, does this product."""
-        found, code = Found(), Opaque.from_buffer_copy(algorithm.code)
+        workspace = self._workspace(shape, Opaque.from_buffer_copy(algorithm.code))
+        return workspace is not None and workspace <= algorithm.workspace
+
+    def cut(self, shape: Shape, algorithm: Algorithm, tile: int, option: int, cluster: int) -> Algorithm | None:
+        """The algorithm with another tile, option of its kernels and cluster of programs; None if there is none."""
+        code = Opaque.from_buffer_copy(algorithm.code)
+        for attribute, value in ((TILE, c_uint32(tile)), (OPTION, c_uint32(option)), (CLUSTER, c_uint16(cluster))):
+            status = self._library.cublasLtMatmulAlgoConfigSetAttribute(
+                byref(code), attribute, byref(value), c_size_t(sizeof(value))
+            )
+            if status != 0:
+                return None
+        workspace = self._workspace(shape, code)
+        return None if workspace is None else Algorithm(bytes(code), workspace)
+
+    def _workspace(self, shape: Shape, code: Opaque) -> int | None:
+        """Bytes that it needs for the product; None if it does not do it."""
+        found = Found()
         with self._described(shape) as (product, weight, input, output):
             status = self._library.cublasLtMatmulAlgoCheck(
                 self._handle, product, weight, input, output, output, byref(code), byref(found)
             )
-        return status == 0 and found.workspace <= algorithm.workspace
+        return found.workspace if status == 0 else None
 
     def multiply(
         self,

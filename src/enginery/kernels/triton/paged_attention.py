@@ -122,8 +122,10 @@ class Call:
     @property
     def sizes(self) -> dict[str, int]:
         dk, block_size, dv = self.query.shape[2], *self.value_cache.shape[2:]
-        padded = {"PADDED_DK": power_of_two(dk), "PADDED_DV": power_of_two(dv)}
-        return {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, **padded}
+        padded_dk = power_of_two(dk)
+        # Triton 3.6 compiles values of 16 columns beside wider keys to reads beyond the shared memory of a program.
+        padded_dv = max(power_of_two(dv), min(padded_dk, 32))
+        return {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, "PADDED_DK": padded_dk, "PADDED_DV": padded_dv}
 
     @property
     def is_plain(self) -> bool:
@@ -267,7 +269,7 @@ def _attend_short(call: Call, plan: LaunchPlan, output: torch.Tensor, arrivals: 
         call.query_start, call.seq_lens, *call.biases, *call.tables, output, partial_sums, partial_stats, arrivals,
         call.sequences, rows, *call.strides, call.tables[0].stride(0), *call.numbers,
         BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
-        SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * power_of_two(dv)),
+        SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * call.sizes["PADDED_DV"]),
         PADDED_GROUPS=padded_groups, DECODE=plan.decode, ROTARY=call.angles is not None,
         OVERLAP=plan.overlap, launch_pdl=plan.overlap,
         **plan.short.options, **call.sizes, **call.features,
