@@ -61,11 +61,12 @@ def _check_layout(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def describe(tensor: torch.Tensor, block_n: int) -> TensorDescriptor | None:
-    """Blocks of rows of one head of `[T, H, D]`, as the tensor memory accelerator takes them; None: it does not."""
+def describe(tensor: torch.Tensor, block_n: int, padded: int) -> TensorDescriptor | None:
+    """Blocks of rows of one head of `[T, H, D]`, as the tensor memory accelerator takes them; None: it does not, or the
+    kernel has `padded` columns."""
     rows, size = tensor.flatten(1), tensor.shape[2]
     in_bytes = (tensor.data_ptr(), rows.stride(0) * tensor.element_size())
-    if tensor.element_size() != 2 or size != power_of_two(size) or any(number % 16 for number in in_bytes):
+    if tensor.element_size() != 2 or size != padded or any(number % 16 for number in in_bytes):
         return None
     return TensorDescriptor.from_tensor(rows, [block_n, size])
 
@@ -122,9 +123,11 @@ class Call:
     @property
     def sizes(self) -> dict[str, int]:
         dk, block_size, dv = self.query.shape[2], *self.value_cache.shape[2:]
-        padded_dk = power_of_two(dk)
-        # Triton 3.6 compiles values of 16 columns beside wider keys to reads beyond the shared memory of a program.
-        padded_dv = max(power_of_two(dv), min(padded_dk, 32))
+        padded_dk, padded_dv = power_of_two(dk), power_of_two(dv)
+        if dk % 16 or dv % 16:
+            # Rows that are not copied ahead: Triton 3.6 compiles tiles of values that are narrower than those of keys
+            # to reads beyond a program's shared memory (36 and 16 columns, say, on an H200).
+            padded_dv = max(padded_dk, padded_dv)
         return {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, "PADDED_DK": padded_dk, "PADDED_DV": padded_dv}
 
     @property
@@ -286,7 +289,8 @@ def _attend_long(call: Call, plan: LaunchPlan, output: torch.Tensor) -> None:
         return
     key_tiles = value_tiles = None
     if plan.long.descriptors:
-        key_tiles, value_tiles = (describe(tensor, plan.long.block_n) for tensor in (call.key, call.value))
+        key_tiles = describe(call.key, plan.long.block_n, call.sizes["PADDED_DK"])
+        value_tiles = describe(call.value, plan.long.block_n, call.sizes["PADDED_DV"])
     tiles = call.tokens // (plan.long.block_m // call.groups) + min(call.sequences, RAGGED)
     attend_long[(call.kv_heads, tiles)](
         call.query, call.key, call.value, key_tiles, value_tiles, call.key_cache, call.value_cache, call.block_tables,

@@ -9,8 +9,8 @@ import triton.language as tl
 from enginery.kernels.triton.dependent_launch import launch_options, wait
 from enginery.kernels.triton.float8 import number_of
 
-BLOCK = 1024
-"""outputs of one program"""
+BLOCK, WARPS = 2048, 8
+"""Outputs of one program, and its warps: for 256 rows of 14336 3.5 µs on an H200, 4.7 by half of both."""
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if output.numel() > 0:
         gate[(rows.shape[0], triton.cdiv(width, BLOCK))](
             rows, rows, rows, rows, output, rows.stride(0), SCALES=0, HAS_BIAS=False, WIDTH=width, BLOCK=BLOCK,
-            **launch_options(rows.device),
+            num_warps=WARPS, **launch_options(rows.device),
         )  # fmt: skip
     return output
 
@@ -64,6 +64,6 @@ def scaled_silu_mul(
     gate[(rows, triton.cdiv(width, BLOCK))](
         product, row_scale, scale.contiguous(), product if bias is None else bias.contiguous(), output,
         product.stride(0), SCALES=number_of(scale), HAS_BIAS=bias is not None, WIDTH=width, BLOCK=BLOCK,
-        **launch_options(product.device),
+        num_warps=WARPS, **launch_options(product.device),
     )  # fmt: skip
     return output
