@@ -30,8 +30,8 @@ DELAY, LONGEST_DELAY = 1_000_000, 64_000_000
 """Cycles for which the GPU is kept busy while the host launches what is timed: half a millisecond to 32. Compilers keep
 the host busy meanwhile, and a GPU that waits for it would time the host."""
 LAUNCHES, FINALISTS, FINAL_LAUNCHES = 3, 4, 8
-TURNS = 2
-"""Times that each is timed, one after another; the least counts."""
+TURNS = 3
+"""Times that each finalist is timed, one after another; the least counts."""
 ALIKE = 2**-6
 """What results of two algorithms may differ by, of their norm: they add up in another order."""
 
@@ -154,9 +154,9 @@ class Cublas:
                 return result
 
             choices = list(proposed(lt, family, rows))
-            for other in cut(lt, family, rows, self._processors) if choices else ():
-                if alike(run(other, weights[0]), run(choices[0], weights[0])):
-                    choices.append(other)
+            if cuts := list(cut(lt, family, rows, self._processors)):
+                expected = run(choices[0], weights[0])
+                choices += [each for each in cuts if alike(run(each, weights[0]), expected)]
             self._choices.keep(family, rows, fastest(choices, run, weights))
 
 
@@ -180,6 +180,7 @@ def cut(lt: CublasLt, family: Family, rows: int, processors: int) -> Iterator[Ch
 
 
 def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Up to rounding."""
     difference, size = (torch.linalg.vector_norm(each, dtype=torch.float32) for each in (one - other, other))
     return bool(difference <= ALIKE * size)
 
@@ -212,11 +213,11 @@ def fastest(
             return milliseconds(choice, launches, 4 * delay)
         return begin.elapsed_time(end)
 
-    def ranked(choices: Sequence[Choice], launches: int) -> list[Choice]:
+    def ranked(choices: Sequence[Choice], launches: int, turns: int) -> list[Choice]:
         least = dict.fromkeys(choices, math.inf)
-        for choice in itertools.chain.from_iterable(itertools.repeat(choices, TURNS)):
+        for choice in itertools.chain.from_iterable(itertools.repeat(choices, turns)):
             least[choice] = min(least[choice], milliseconds(choice, launches))
         return sorted(least, key=lambda choice: least[choice])
 
-    finalists = ranked(choices, LAUNCHES)[:FINALISTS]
-    return next(iter(ranked(finalists, FINAL_LAUNCHES)), None)
+    finalists = ranked(choices, LAUNCHES, 1)[:FINALISTS]
+    return next(iter(ranked(finalists, FINAL_LAUNCHES, TURNS)), None)

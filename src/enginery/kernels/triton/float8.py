@@ -55,8 +55,8 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def warps(padded: int) -> int:
-    """Of a program that has a row in its registers. The norm of 256 rows of 4096 takes an H200 2.2 µs with eight numbers
-    a thread and 2.9 with sixteen."""
+    """Of a program that has a row in its registers. The norm of 256 rows of 4096 takes 2.2 µs on an H200 with eight
+    numbers a thread, and 2.9 with sixteen."""
     return min(max(padded // 256, 1), 16)
 
 
