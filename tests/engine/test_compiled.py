@@ -19,6 +19,7 @@ from enginery.engine.engine import Engine
 from enginery.engine.steps import CompiledStep, HostStep
 from enginery.errors import EngineFileError, EngineryWarning, StepError, UsageError
 from enginery.network import Tensor
+from enginery.ops.raised import keeping
 
 
 def test_prefill_decode_and_mixed_steps_equal_the_model(compiled: Engine, model: Decoder) -> None:
@@ -53,6 +54,51 @@ def test_a_step_without_logits(compiled: Engine, model: Decoder) -> None:
     assert compiled.execute(silent).shape == (0, compiled.limits.vocab_size)
     inputs, expected = batcher.step([(sequence, 4)])
     torch.testing.assert_close(compiled.execute(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), StepError, "ran out of GPU memory: CUDA out of memory"),
+        (TypeError("wrong"), StepError, "failed: wrong"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["memory", "error", "interrupt"],
+)
+def test_what_an_operator_raises_ends_the_step(
+    compiled: Engine, model: Decoder, error: BaseException, expected: type, message: str | None, is_told: bool
+) -> None:
+    """Compiled code makes another error of it, or goes on without the operator's results."""
+    batcher = Batcher(model)
+    inputs, logits = batcher.step([(batcher.add(random_tokens(9, 1)), 5)])
+    failing = [True]
+
+    def work(fails: bool) -> None:
+        if fails:
+            raise error
+
+    def fragile(run: Run) -> Run:
+        def call(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+            try:
+                keeping(work)(failing[0])
+            except BaseException as raised:
+                if is_told:
+                    raise RuntimeError(f"{type(raised).__name__}: an operator failed") from None
+                return [None] * 2  # type: ignore[list-item]
+            return run(arguments)
+
+        return call
+
+    runs = {key: fragile(run) for key, run in compiled._runs.items()}
+    step = CompiledStep(compiled.regions, runs, compiled._weights | compiled._pools, compiled._step_inputs)
+    host = HostStep(step, [tensor.name for tensor in compiled._step_inputs])
+    with pytest.raises(expected, match=message):
+        host(inputs)
+    failing[0] = False
+    with pytest.raises(TypeError):  # elsewhere, and nobody's
+        keeping(abs)("no number")
+    torch.testing.assert_close(host(inputs), logits, rtol=1e-5, atol=1e-5)
 
 
 def test_values_are_let_go_when_their_last_reader_has_run(compiled: Engine, model: Decoder) -> None:

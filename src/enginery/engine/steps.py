@@ -12,6 +12,7 @@ from enginery.engine.gpu import step_error
 from enginery.engine.protocol import StepInputs
 from enginery.engine.regions import Outline, Region
 from enginery.network import Network, Program, Tensor
+from enginery.ops import raised
 
 Step = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """Values of the step inputs by name -> logits."""
@@ -67,9 +68,7 @@ class CompiledStep:
             for place, slot in call.fills:
                 arguments[place] = values[slot]
             try:
-                results = call.run(arguments)  # type: ignore[arg-type]
-            except (RuntimeError, MemoryError) as error:
-                raise step_error(f"region {call.name}", error) from error
+                results = _run(call)
             finally:
                 for place, _ in call.fills:
                     arguments[place] = None
@@ -80,6 +79,23 @@ class CompiledStep:
         logits = values[self._logits]
         assert logits is not None  # noqa: S101  (a region computed it)
         return logits
+
+
+def _run(call: _Call) -> list[torch.Tensor]:
+    """Its results. Raises what its operators raised: compiled code may have gone on without theirs."""
+    raised.take()  # of somebody else
+    failure: BaseException | None = None
+    results: list[torch.Tensor] = []
+    try:
+        results = call.run(call.arguments)  # type: ignore[arg-type]
+    except (RuntimeError, MemoryError) as error:
+        failure = error
+    failure = raised.take() or failure
+    if isinstance(failure, Exception):
+        raise step_error(f"region {call.name}", failure) from failure
+    if failure is not None:
+        raise failure
+    return results
 
 
 class EagerStep:

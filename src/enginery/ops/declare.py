@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from enginery.ops.raised import keeping
+
 NAMESPACE = "enginery"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -33,6 +35,6 @@ def declare(schema: str, *, reference: Callable, shape: Callable) -> Op:
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, keeping(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", shape, lib=_LIBRARY)
     return Op(name, getattr(getattr(torch.ops, NAMESPACE), name).default, reference, shape)

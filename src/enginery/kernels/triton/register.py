@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -15,6 +16,7 @@ from enginery.kernels.triton.paged_attention import new_arrivals, paged_attentio
 from enginery.kernels.triton.rotary import rotary_paged_attention
 from enginery.kernels.triton.silu_mul import silu_mul
 from enginery.ops import NAMESPACE
+from enginery.ops.raised import keeping
 
 # The registrations live as long as these objects.
 _LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
@@ -26,13 +28,17 @@ def register() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     arrivals = new_arrivals(device)
     _CUBLAS.open(device)
-    _LIBRARY.impl("linear", partial(linear, cublas=_CUBLAS), "CUDA")
-    _LIBRARY.impl("norm_linear", partial(norm_linear, cublas=_CUBLAS), "CUDA")
-    _LIBRARY.impl("paged_attention", partial(paged_attention, arrivals=arrivals), "CUDA")
-    _LIBRARY.impl("rotary_paged_attention", partial(rotary_paged_attention, arrivals=arrivals), "CUDA")
-    _LIBRARY.impl("greatest", partial(greatest, arrivals=arrivals), "CUDA")
-    _LIBRARY.impl("add_rms_norm", add_rms_norm, "CUDA")
-    _LIBRARY.impl("silu_mul", silu_mul, "CUDA")
+    kernels: dict[str, Callable] = {
+        "linear": partial(linear, cublas=_CUBLAS),
+        "norm_linear": partial(norm_linear, cublas=_CUBLAS),
+        "paged_attention": partial(paged_attention, arrivals=arrivals),
+        "rotary_paged_attention": partial(rotary_paged_attention, arrivals=arrivals),
+        "greatest": partial(greatest, arrivals=arrivals),
+        "add_rms_norm": add_rms_norm,
+        "silu_mul": silu_mul,
+    }
+    for name, kernel in kernels.items():
+        _LIBRARY.impl(name, keeping(kernel), "CUDA")
 
 
 def measuring() -> AbstractContextManager[None]:
