@@ -204,9 +204,10 @@ def test_head_sizes(size: int) -> None:
 @pytest.mark.parametrize(
     "sizes", [(20, 16), (24, 16), (32, 16), (36, 16), (60, 28), (68, 16), (16, 20), (96, 64), (192, 128)], ids=str
 )
-def test_keys_and_values_of_different_sizes(sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_keys_and_values_of_different_sizes(case: Case, sizes: tuple[int, int]) -> None:
     """Rows of some are no multiple of what is copied at once, which changes how a kernel is compiled."""
-    check(replace(MIXED, dk=sizes[0], dv=sizes[1], dtype=torch.bfloat16))
+    check(replace(case, dk=sizes[0], dv=sizes[1], dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

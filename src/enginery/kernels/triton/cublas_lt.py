@@ -85,6 +85,7 @@ def takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
     """They are matrices as the algorithms take them. Of others torch says what is wrong, or multiplies them."""
     return (
         len(input) > 0
+        and len(weight) > 0
         and input.dtype == weight.dtype
         and input.dtype in TYPES
         and input.shape[1] == weight.shape[1]
@@ -138,7 +139,7 @@ class CublasLt:
         workspace = self._workspace(shape, Opaque.from_buffer_copy(algorithm.code))
         return workspace is not None and workspace <= algorithm.workspace
 
-    def cut(self, shape: Shape, algorithm: Algorithm, tile: int, option: int, cluster: int) -> Algorithm | None:
+    def with_tile(self, shape: Shape, algorithm: Algorithm, tile: int, option: int, cluster: int) -> Algorithm | None:
         """The algorithm with another tile, option of its kernels and cluster of programs; None if there is none."""
         code = Opaque.from_buffer_copy(algorithm.code)
         for attribute, value in ((TILE, c_uint32(tile)), (OPTION, c_uint32(option)), (CLUSTER, c_uint16(cluster))):

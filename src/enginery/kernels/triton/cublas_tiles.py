@@ -1,9 +1,9 @@
 """Tiles of cuBLAS that fill the GPU, where what it proposes does not.
 
-A product is cut into tiles, and the multiprocessors take one each in rounds. Decoding has few: gate and up of 256 rows
-are 224 tiles of 256 × 128 features and rows, 1.7 rounds on the 132 multiprocessors of an H200, and cost as much as 264.
-Tiles of 224 × 128 are 256. cuBLAS has kernels for these, but proposes none of them: of the thirteen that it proposes
-for this product, the largest that fill its rounds are 112 × 128.
+A product is cut into tiles, and the multiprocessors take one each, wave after wave. Decoding has few waves: gate and up
+of 256 rows are 224 tiles of 256 × 128 features and rows, 1.7 waves of the 132 multiprocessors of an H200, and cost as
+much as 264. Tiles of 224 × 128 are 256. cuBLAS has kernels for these, but proposes none of them: of the thirteen that
+it proposes for this product, the largest that fill their waves are 112 × 128.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ TILES = {
 """Numbers in cublasLt.h of the tiles of so many features and of 64 and 128 rows."""
 WIDTHS = (64, 128)
 FILLED = 0.9
-"""of what the rounds can hold, a product must use"""
-MOST_ROUNDS = 4
+"""of the multiprocessors' turns must have a tile"""
+MOST_WAVES = 4
 """Of more, the last one counts little."""
 TRIED = 2
 """tiles"""
@@ -31,13 +31,13 @@ CLUSTERS = (2, 3, 5)
 
 
 def filling(rows: int, features: int, processors: int) -> list[int]:
-    """Numbers of the tiles by which a product `[rows, depth]` · `[features, depth]`ᵀ takes the shortest rounds, if it
-    fills them; of equal ones the largest, which reads the least."""
+    """Numbers of the tiles by which a product `[rows, depth]` · `[features, depth]`ᵀ takes the shortest waves, if they
+    are full; of equal ones the largest, which reads the least."""
     found = []
     for height, numbers in TILES.items():
         for width, number in zip(WIDTHS, numbers, strict=True):
-            area = height * width
-            rounds = math.ceil(math.ceil(features / height) * math.ceil(rows / width) / processors)
-            if rounds <= MOST_ROUNDS and rows * features >= FILLED * rounds * processors * area:
-                found.append((rounds * area, -area, number))
+            tiles = math.ceil(features / height) * math.ceil(rows / width)
+            waves = math.ceil(tiles / processors)
+            if waves <= MOST_WAVES and tiles >= FILLED * waves * processors:
+                found.append((waves * height * width, -height * width, number))
     return [number for *_, number in sorted(found)[:TRIED]]

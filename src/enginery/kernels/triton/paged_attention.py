@@ -63,7 +63,7 @@ def _check_layout(name: str, tensor: torch.Tensor) -> None:
 
 def describe(tensor: torch.Tensor, block_n: int, padded: int) -> TensorDescriptor | None:
     """Blocks of rows of one head of `[T, H, D]`, as the tensor memory accelerator takes them; None: it does not, or the
-    kernel has `padded` columns."""
+    kernel pads them to more columns."""
     rows, size = tensor.flatten(1), tensor.shape[2]
     in_bytes = (tensor.data_ptr(), rows.stride(0) * tensor.element_size())
     if tensor.element_size() != 2 or size != padded or any(number % 16 for number in in_bytes):
@@ -125,8 +125,8 @@ class Call:
         dk, block_size, dv = self.query.shape[2], *self.value_cache.shape[2:]
         padded_dk, padded_dv = power_of_two(dk), power_of_two(dv)
         if dk % 16 or dv % 16:
-            # Rows that are not copied ahead: Triton 3.6 compiles tiles of values that are narrower than those of keys
-            # to reads beyond a program's shared memory (36 and 16 columns, say, on an H200).
+            # Where rows cannot be copied ahead, Triton 3.6 compiles values that are padded to less than keys to reads
+            # beyond a program's shared memory (20 and 16, 36 and 16 columns of bfloat16 on an H200).
             padded_dv = max(padded_dk, padded_dv)
         return {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, "PADDED_DK": padded_dk, "PADDED_DV": padded_dv}
 
