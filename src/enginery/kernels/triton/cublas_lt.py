@@ -9,20 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from ctypes import (
-    byref,
-    c_float,
-    c_int,
-    c_int8,
-    c_int32,
-    c_int64,
-    c_size_t,
-    c_uint16,
-    c_uint32,
-    c_uint64,
-    c_void_p,
-    sizeof,
-)  # fmt: skip
+from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +129,8 @@ class CublasLt:
     def with_tile(self, shape: Shape, algorithm: Algorithm, tile: int, option: int, cluster: int) -> Algorithm | None:
         """The algorithm with another tile, option of its kernels and cluster of programs; None if there is none."""
         code = Opaque.from_buffer_copy(algorithm.code)
-        for attribute, value in ((TILE, c_uint32(tile)), (OPTION, c_uint32(option)), (CLUSTER, c_uint16(cluster))):
+        settings = ((TILE, c_uint32(tile)), (OPTION, c_uint32(option)), (CLUSTER, ctypes.c_uint16(cluster)))
+        for attribute, value in settings:
             status = self._library.cublasLtMatmulAlgoConfigSetAttribute(
                 byref(code), attribute, byref(value), c_size_t(sizeof(value))
             )
