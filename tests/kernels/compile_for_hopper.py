@@ -79,6 +79,8 @@ def compile_call(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
         assert "registers" in log.getvalue()
         assert "serialized" not in log.getvalue(), log.getvalue()
         CHECKS[kernel.__name__](code.metadata, disassemble(code.asm["cubin"]), log.getvalue())
+    if "wgmma" in code.asm["ptx"] and not gluon:
+        check_uniform_registers(disassemble(code.asm["cubin"]))
     compiled[key] = code
 
 
@@ -87,6 +89,51 @@ def disassemble(binary: bytes) -> str:
         Path(file.name).write_bytes(binary)
         command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+)?\s*([A-Z0-9_.]+)\s*(.*?);")
+LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
+WRITERS = ("U", "R2UR", "S2UR", "CS2UR", "REDUX", "VOTEU", "ELECT")
+"""beginnings of the names of instructions whose first uniform register is a result; of tensor copies none is"""
+
+
+def check_uniform_registers(code: str) -> None:
+    """None is read that nothing can have written before, as ptxas may do with descriptors (`Gpu.has_descriptors`)."""
+    parts = LABEL.split(code[code.index("/*0000*/") :])
+    blocks = {name: INSTRUCTION.findall(text) for name, text in zip(["", *parts[1::2]], parts[::2], strict=True)}
+    names = list(blocks)
+    before: dict[str, set[str]] = {name: set() for name in names}
+    changed = True
+    while changed:
+        changed = False
+        for name, following in zip(names, [*names[1:], ""], strict=True):
+            written, goes_on = set(before[name]), True
+            for condition, instruction, operands in blocks[name]:
+                written |= results(instruction, operands)
+                targets = re.findall(r"\.L_x_\d+", operands)
+                goes_on = bool(condition or operands.count(",")) or instruction not in ("BRA", "EXIT", "RET")
+                for target in targets + [following] * (goes_on and bool(following)):
+                    changed |= not before[target].issuperset(written)
+                    before[target] |= written
+                if not goes_on:
+                    break
+    for name in names:
+        written = set(before[name])
+        for _, instruction, operands in blocks[name]:
+            found = results(instruction, operands)
+            read = re.findall(r"UR\d+", operands)[bool(found) :]
+            if not instruction.startswith("HGMMA"):  # names the first of four
+                assert written.issuperset(read), (name, instruction, operands)
+            written |= found
+
+
+def results(instruction: str, operands: str) -> set[str]:
+    """The uniform registers that it writes."""
+    first = re.match(r"(?:U?P\w+, )*UR(\d+)", operands)
+    if first is None or not instruction.startswith(WRITERS) or instruction.startswith("UTMA"):
+        return set()
+    count = 4 if ".128" in instruction else 2 if ".64" in instruction or ".WIDE" in instruction else 1
+    return {f"UR{number}" for number in range(int(first[1]), int(first[1]) + count)}
 
 
 def check_overlap(_metadata: Any, code: str, _log: str) -> None:
@@ -172,6 +219,24 @@ def attend(
     paged_attention.paged_attention(*heads, *pools, *tables, 0.1, **options, plan=plan, arrivals=arrivals)
 
 
+def attend_sizes(dk: int, dv: int) -> None:
+    """Prompts beside decoding, heads of keys and values of these sizes."""
+    tokens, sequences, groups, kv_heads = 300, 200, 2, 2
+    fused = make(tokens, kv_heads * (groups * dk + dk + dv))
+    parts = fused.split([kv_heads * groups * dk, kv_heads * dk, kv_heads * dv], 1)
+    heads = [part.unflatten(1, (-1, size)) for part, size in zip(parts, (dk, dk, dv), strict=True)]
+    pools = (make(99, kv_heads, 16, dk), make(99, kv_heads, 16, dv))
+    numbers = [make(n, dtype=torch.int32) for n in (sequences + 1, sequences)]
+    tables = (make(tokens, dtype=torch.int64), make(sequences, 512, dtype=torch.int32), *numbers)
+    paged_attention.paged_attention(*heads, *pools, *tables, 0.1)
+
+
+def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
+    paged_attention.Gpu.of = classmethod(lambda cls, device: cls(132, (9, 0)))  # type: ignore[method-assign,assignment]
+    for dk, dv in sizes:
+        attend_sizes(dk, dv)
+
+
 def check_attention(steps: Sequence[tuple[int, int, int]]) -> None:
     """Of (tokens, sequences, columns of the block tables)."""
     for tokens, sequences, columns in steps:
@@ -232,11 +297,13 @@ def main(few: bool) -> None:
     check_greatest((50257, 128256))
     if few:
         check_attention(((1, 1, 32), (300, 200, 512), (512, 1, 32)))
+        check_sizes(((20, 16), (96, 64)))
         check_linears((1, 128, 256))
         check_rows((4096,))
     else:
         decoding = ((1, 1, 32), (1, 1, 2048), (8, 8, 32), (32, 32, 128), (48, 48, 512), (256, 256, 512))
         check_attention((*decoding, (300, 256, 512), (512, 32, 128), (8192, 1, 512)))
+        check_sizes(((20, 16), (36, 16), (60, 28), (64, 64), (80, 80), (96, 64), (192, 128), (256, 256)))
         check_linears((1, 3, 16, 32, 64, 128, 256))
         check_gated((64, 128))
         check_rows((512, 4096, 5120, 8192, 14336))

@@ -135,14 +135,13 @@ def test_prompts_by_descriptors(features: dict) -> None:
     check(case, replace(plan(1, decode=False), long=tiling))
 
 
-def test_descriptors_take_aligned_rows_of_two_bytes_that_are_not_padded() -> None:
+def test_descriptors_take_aligned_rows_of_two_bytes_in_sizes_of_powers_of_two() -> None:
     rows = torch.zeros(4, 3, 32, dtype=torch.bfloat16)
-    described = kernels.describe(rows, 64, 32)
+    described = kernels.describe(rows, 64)
     assert (tuple(described.shape), tuple(described.strides), described.block_shape) == ((4, 96), (96, 1), [64, 32])
-    assert kernels.describe(rows.float(), 64, 32) is None
-    assert kernels.describe(rows, 64, 64) is None
-    assert kernels.describe(rows[..., :24].contiguous(), 64, 32) is None
-    assert kernels.describe(torch.zeros(385, dtype=torch.bfloat16)[1:].view(4, 3, 32), 64, 32) is None
+    assert kernels.describe(rows.float(), 64) is None
+    assert kernels.describe(rows[..., :24].contiguous(), 64) is None
+    assert kernels.describe(torch.zeros(385, dtype=torch.bfloat16)[1:].view(4, 3, 32), 64) is None
 
 
 @pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
@@ -250,6 +249,18 @@ def test_capacity_decides_the_splits() -> None:
     assert alone.launches == crowd.launches == (few,)
     assert mixed.launches == ("write_cache", few, prompts)
     assert kernels.plan_launch(gpu, 1, 1, 32, **llama).splits == 1
+
+
+@pytest.mark.parametrize("groups", [1, 4, 32, 64])
+def test_tiles_of_what_is_not_copied_ahead_need_no_descriptors(groups: int) -> None:
+    """Four warps and 64 rows would have them, on Hopper."""
+    for capability, is_small in (((9, 0), True), ((8, 0), False)):
+        gpu = kernels.Gpu(132, capability)
+        plan = kernels.plan_launch(gpu, 900, 5, 8192, 1, groups, 64, 2, copied_ahead=False)
+        assert (plan.long.block_m < 64 or plan.long.num_warps < 4) == is_small
+        assert plan.long.block_m % groups == 0
+        wide = kernels.plan_launch(gpu, 900, 5, 8192, 1, groups, 64, 4)
+        assert kernels.plan_launch(gpu, 900, 5, 8192, 1, groups, 64, 4, copied_ahead=False) == wide
 
 
 def test_plans_for_the_general_kernels_cut_a_crowd_less() -> None:

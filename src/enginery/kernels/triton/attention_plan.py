@@ -77,9 +77,19 @@ class Gpu:
         return self.capability >= (9, 0)
 
     @property
+    def has_descriptors(self) -> bool:
+        """Four warps multiply 64 rows by descriptors of their tiles in shared memory (`wgmma`).
+
+        Descriptors of tiles that are not copied ahead are the same in every step of a loop. ptxas 12.8, which Triton
+        3.6 brings, may compute them from registers that nothing has written (36 and 16 columns of keys and values on an
+        H200: reads beyond a program's shared memory).
+        """
+        return self.capability == (9, 0)
+
+    @property
     def runs_hopper_kernels(self) -> bool:
-        """There are the matrix units that they are written for (`wgmma`), and the Triton that compiles them."""
-        return self.capability == (9, 0) and hopper_prompts is not None
+        """There are the matrix units that they are written for, and the Triton that compiles them."""
+        return self.has_descriptors and hopper_prompts is not None
 
     @property
     def programs(self) -> int:
@@ -106,9 +116,11 @@ def plan_launch(
     *,
     is_plain: bool = True,
     listed: bool = True,
+    copied_ahead: bool = True,
 ) -> LaunchPlan:
     """`capacity`: keys that a block table can name; `width`: the larger padded head size; `itemsize`: bytes a number;
-    `is_plain`: no feature changes scores or hides keys; `listed`: `attend_few` would take the call.
+    `is_plain`: no feature changes scores or hides keys; `listed`: `attend_few` would take the call; `copied_ahead`:
+    new keys and values are.
 
     The tiles are the fastest found on an H200 (`benchmarks/gpu_kernels.py --tune`). Decoding wants many small programs,
     one warp and one page at a time, whose loads hide each other's latency.
@@ -120,6 +132,8 @@ def plan_launch(
         short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 64), 64, 4, 3, gpu.hopper_or_later)
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
+    if gpu.has_descriptors and itemsize == 2 and not copied_ahead:
+        long = Tiling(max(rows, 32), 32, 4 if rows <= 32 else 2, 2)  # too few rows, or warps, for descriptors
     on_hopper = gpu.runs_hopper_kernels and width == 128 and itemsize == 2 and is_plain
     splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n, listed=on_hopper and listed)
     # Of prompts one program a multiprocessor: its shared memory holds no second one.

@@ -61,12 +61,11 @@ def _check_layout(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def describe(tensor: torch.Tensor, block_n: int, padded: int) -> TensorDescriptor | None:
-    """Blocks of rows of one head of `[T, H, D]`, as the tensor memory accelerator takes them; None: it does not, or the
-    kernel pads them to more columns."""
+def describe(tensor: torch.Tensor, block_n: int) -> TensorDescriptor | None:
+    """Blocks of rows of one head of `[T, H, D]`, as the tensor memory accelerator takes them; None: it does not."""
     rows, size = tensor.flatten(1), tensor.shape[2]
     in_bytes = (tensor.data_ptr(), rows.stride(0) * tensor.element_size())
-    if tensor.element_size() != 2 or size != padded or any(number % 16 for number in in_bytes):
+    if tensor.element_size() != 2 or size != power_of_two(size) or any(number % 16 for number in in_bytes):
         return None
     return TensorDescriptor.from_tensor(rows, [block_n, size])
 
@@ -123,17 +122,18 @@ class Call:
     @property
     def sizes(self) -> dict[str, int]:
         dk, block_size, dv = self.query.shape[2], *self.value_cache.shape[2:]
-        padded_dk, padded_dv = power_of_two(dk), power_of_two(dv)
-        if dk % 16 or dv % 16:
-            # Where rows cannot be copied ahead, Triton 3.6 compiles values that are padded to less than keys to reads
-            # beyond a program's shared memory (20 and 16, 36 and 16 columns of bfloat16 on an H200).
-            padded_dv = max(padded_dk, padded_dv)
-        return {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, "PADDED_DK": padded_dk, "PADDED_DV": padded_dv}
+        padded = {"PADDED_DK": power_of_two(dk), "PADDED_DV": power_of_two(dv)}
+        return {"DK": dk, "DV": dv, "BLOCK_SIZE": block_size, **padded}
 
     @property
     def is_plain(self) -> bool:
         """No feature changes scores or hides keys, beyond causality."""
         return self.window is None and self.softcap is None and self.sinks is None and self.alibi_slopes is None
+
+    @property
+    def copied_ahead(self) -> bool:
+        """New keys and values are, by *long*: Triton must know that rows are multiples of 16 numbers apart."""
+        return self.key.stride(0) % 16 == self.value.stride(0) % 16 == 0
 
     @cached_property
     def suits_attend_few(self) -> bool:
@@ -184,7 +184,7 @@ class Call:
         return plan_launch(
             Gpu.of(self.query.device), self.tokens, self.sequences, self.block_tables.shape[1] * block_size,
             self.kv_heads, self.groups, width, self.query.element_size(), is_plain=self.is_plain,
-            listed=self.suits_attend_few,
+            listed=self.suits_attend_few, copied_ahead=self.copied_ahead,
         )  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def _attend_short(call: Call, plan: LaunchPlan, output: torch.Tensor, arrivals: 
         call.query_start, call.seq_lens, *call.biases, *call.tables, output, partial_sums, partial_stats, arrivals,
         call.sequences, rows, *call.strides, call.tables[0].stride(0), *call.numbers,
         BLOCK_M=plan.short.block_m, BLOCK_N=plan.short.block_n, SPLITS=plan.splits,
-        SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * call.sizes["PADDED_DV"]),
+        SHARE=plan.share, PARTS=parts_at_once(plan, padded_groups * power_of_two(dv)),
         PADDED_GROUPS=padded_groups, DECODE=plan.decode, ROTARY=call.angles is not None,
         OVERLAP=plan.overlap, launch_pdl=plan.overlap,
         **plan.short.options, **call.sizes, **call.features,
@@ -289,8 +289,7 @@ def _attend_long(call: Call, plan: LaunchPlan, output: torch.Tensor) -> None:
         return
     key_tiles = value_tiles = None
     if plan.long.descriptors:
-        key_tiles = describe(call.key, plan.long.block_n, call.sizes["PADDED_DK"])
-        value_tiles = describe(call.value, plan.long.block_n, call.sizes["PADDED_DV"])
+        key_tiles, value_tiles = (describe(tensor, plan.long.block_n) for tensor in (call.key, call.value))
     tiles = call.tokens // (plan.long.block_m // call.groups) + min(call.sequences, RAGGED)
     attend_long[(call.kv_heads, tiles)](
         call.query, call.key, call.value, key_tiles, value_tiles, call.key_cache, call.value_cache, call.block_tables,
