@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import warnings
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,30 @@ def test_what_an_operator_raises_ends_the_step(
     with pytest.raises(TypeError):  # elsewhere, and nobody's
         keeping(abs)("no number")
     torch.testing.assert_close(host(inputs), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_error_lets_go_of_its_tensors(compiled: Engine, model: Decoder) -> None:
+    """Of the step that failed, too: where memory was missing, the next one needs it."""
+    batcher = Batcher(model)
+    inputs, _ = batcher.step([(batcher.add(random_tokens(9, 1)), 5)])
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def work(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("no room")
+
+    runs = dict.fromkeys(compiled._runs, keeping(work))
+    step = CompiledStep(compiled.regions, runs, compiled._weights | compiled._pools, compiled._step_inputs)
+    gc.disable()
+    try:
+        with suppress(StepError):
+            HostStep(step, [tensor.name for tensor in compiled._step_inputs])(inputs)
+        with suppress(torch.OutOfMemoryError):  # outside of compiled code
+            keeping(work)([])
+        assert [reference() for reference in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_values_are_let_go_when_their_last_reader_has_run(compiled: Engine, model: Decoder) -> None:

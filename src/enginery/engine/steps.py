@@ -63,39 +63,36 @@ class CompiledStep:
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         values: list[torch.Tensor | None] = [inputs[name] for name in self._names]
         values += [None] * (len(self._slots) - len(values))
-        for call in self._calls:
-            arguments = call.arguments
-            for place, slot in call.fills:
-                arguments[place] = values[slot]
-            try:
-                results = _run(call)
-            finally:
-                for place, _ in call.fills:
-                    arguments[place] = None
-            for slot, result in zip(call.results, results, strict=True):
-                values[slot] = result
-            for slot in call.dead:
-                values[slot] = None
+        with raised.heard() as errors:
+            for call in self._calls:
+                for place, slot in call.fills:
+                    call.arguments[place] = values[slot]
+                try:
+                    results = _run(call, errors)
+                finally:
+                    for place, _ in call.fills:
+                        call.arguments[place] = None
+                for slot, result in zip(call.results, results, strict=True):
+                    values[slot] = result
+                for slot in call.dead:
+                    values[slot] = None
         logits = values[self._logits]
         assert logits is not None  # noqa: S101  (a region computed it)
         return logits
 
 
-def _run(call: _Call) -> list[torch.Tensor]:
-    """Its results. Raises what its operators raised: compiled code may have gone on without theirs."""
-    raised.take()  # of somebody else
-    failure: BaseException | None = None
+def _run(call: _Call, errors: list[BaseException]) -> list[torch.Tensor]:
+    """Its results. `errors`: what its operators raise; compiled code may go on without theirs."""
     results: list[torch.Tensor] = []
     try:
         results = call.run(call.arguments)  # type: ignore[arg-type]
     except (RuntimeError, MemoryError) as error:
-        failure = error
-    failure = raised.take() or failure
-    if isinstance(failure, Exception):
-        raise step_error(f"region {call.name}", failure) from failure
-    if failure is not None:
-        raise failure
-    return results
+        errors.append(error)
+    if not errors:
+        return results
+    if isinstance(errors[0], Exception):
+        raise step_error(f"region {call.name}", errors[0]) from errors[0]
+    raise errors[0]
 
 
 class EagerStep:
