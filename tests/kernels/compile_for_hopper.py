@@ -38,6 +38,7 @@ TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 HOPPER = GPUTarget("cuda", 90, 32)
+GPU = paged_attention.Gpu(132, (9, 0))
 compiled: dict[Any, Any] = {}
 
 
@@ -98,7 +99,7 @@ WRITERS = ("U", "R2UR", "S2UR", "CS2UR", "REDUX", "VOTEU", "ELECT")
 
 
 def check_uniform_registers(code: str) -> None:
-    """None is read that nothing can have written before, as ptxas may do with descriptors (`Gpu.has_descriptors`)."""
+    """None is read that nothing can have written before, as ptxas may do with descriptors (`Gpu.has_wgmma`)."""
     parts = LABEL.split(code[code.index("/*0000*/") :])
     blocks = {name: INSTRUCTION.findall(text) for name, text in zip(["", *parts[1::2]], parts[::2], strict=True)}
     names = list(blocks)
@@ -202,39 +203,29 @@ def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def attend(
-    tokens: int, sequences: int, columns: int, *, rotary: bool = True, general: bool = False, **options: Any
-) -> None:
-    """`general`: by the kernels for any GPU."""
-    gpu = paged_attention.Gpu(132, (9, 0))
-    plan = paged_attention.plan_launch(gpu, tokens, sequences, columns * 16, 8, 4, 128, 2)
-    if general:
-        plan = replace(plan, hopper_programs=0)
-    heads = make(tokens, 48 * 128).view(tokens, 48, 128).split((32, 8, 8), 1)
-    pools = (make(99, 8, 16, 128), make(99, 8, 16, 128))
-    numbers = [make(n, dtype=torch.int32) for n in (sequences + 1, sequences)]
-    tables = (make(tokens, dtype=torch.int64), make(sequences, columns, dtype=torch.int32), *numbers)
-    arrivals = make(1 << 16, dtype=torch.int32)
-    if rotary:
-        options["angles"] = (make(tokens, 128), make(tokens, 128))
-    paged_attention.paged_attention(*heads, *pools, *tables, 0.1, **options, plan=plan, arrivals=arrivals)
-
-
-def attend_sizes(dk: int, dv: int) -> None:
-    """Prompts beside decoding, heads of keys and values of these sizes."""
-    tokens, sequences, groups, kv_heads = 300, 200, 2, 2
-    fused = make(tokens, kv_heads * (groups * dk + dk + dv))
-    parts = fused.split([kv_heads * groups * dk, kv_heads * dk, kv_heads * dv], 1)
-    heads = [part.unflatten(1, (-1, size)) for part, size in zip(parts, (dk, dk, dv), strict=True)]
+    tokens: int, sequences: int, columns: int, *, sizes: tuple[int, int] = (128, 128), heads: int = 32,
+    kv_heads: int = 8, rotary: bool = True, general: bool = False, **options: Any,
+) -> None:  # fmt: skip
+    """`sizes`: of the heads of keys and values; `general`: by the kernels for any GPU."""
+    dk, dv = sizes
+    fused = make(tokens, heads * dk + kv_heads * (dk + dv)).split([heads * dk, kv_heads * dk, kv_heads * dv], 1)
+    parts = [part.unflatten(1, (-1, size)) for part, size in zip(fused, (dk, dk, dv), strict=True)]
     pools = (make(99, kv_heads, 16, dk), make(99, kv_heads, 16, dv))
     numbers = [make(n, dtype=torch.int32) for n in (sequences + 1, sequences)]
-    tables = (make(tokens, dtype=torch.int64), make(sequences, 512, dtype=torch.int32), *numbers)
-    paged_attention.paged_attention(*heads, *pools, *tables, 0.1)
+    tables = (make(tokens, dtype=torch.int64), make(sequences, columns, dtype=torch.int32), *numbers)
+    if rotary:
+        options["angles"] = (make(tokens, dk), make(tokens, dk))
+    if general:
+        plan = paged_attention.plan_launch(GPU, tokens, sequences, columns * 16, kv_heads, heads // kv_heads, dk, 2)
+        options["plan"] = replace(plan, hopper_programs=0)
+    arrivals = make(1 << 16, dtype=torch.int32)
+    paged_attention.paged_attention(*parts, *pools, *tables, 0.1, **options, arrivals=arrivals)
 
 
 def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
-    paged_attention.Gpu.of = classmethod(lambda cls, device: cls(132, (9, 0)))  # type: ignore[method-assign,assignment]
-    for dk, dv in sizes:
-        attend_sizes(dk, dv)
+    """Prompts beside decoding, heads of keys and values of these sizes."""
+    for each in sizes:
+        attend(300, 200, 512, sizes=each, heads=4, kv_heads=2, rotary=False)
 
 
 def check_attention(steps: Sequence[tuple[int, int, int]]) -> None:
@@ -291,6 +282,7 @@ def check_greatest(vocabularies: Sequence[int]) -> None:
 
 def main(few: bool) -> None:
     JITFunction.run = compile_call  # type: ignore[method-assign]
+    paged_attention.Gpu.of = classmethod(lambda cls, device: GPU)  # type: ignore[method-assign,assignment]
     dependent_launch.overlaps = fused_linear.hopper_gated.is_hopper = lambda device: True
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
     torch._scaled_mm = lambda a, b, *_, **__: make(a.shape[0], b.shape[1])  # type: ignore[assignment]

@@ -151,14 +151,16 @@ def test_tiles_of_decoding() -> None:
 
 
 def measure_tiles(monkeypatch: pytest.MonkeyPatch, processors: int) -> list[Choice]:
-    """What is measured of a product of 128 rows and 192 features on so many multiprocessors."""
+    """What is measured of a product of 128 rows and 192 features on a Hopper of so many multiprocessors; 0: on
+    another GPU."""
     measured: list[Choice] = []
     monkeypatch.setattr(cublas, "fastest", lambda choices, run, weights: measured.extend(choices))
     monkeypatch.setattr(
         cublas, "operands", lambda family, rows, device: (torch.randn(rows, 64).bfloat16(), [torch.randn(192, 64)])
     )
+    monkeypatch.setattr(cublas, "is_hopper", lambda device: processors > 0)
+    monkeypatch.setattr(cublas, "processors_of", lambda device: processors)
     ours = cublas.Cublas(Library(), Choices())
-    ours._processors = processors
     with ours.measuring():
         ours.linear(torch.randn(128, 64).bfloat16(), torch.randn(192, 64).bfloat16())
     return measured

@@ -73,26 +73,30 @@ class Buckets:
 
     def fitting(self, shape: StepShape) -> StepShape | None:
         """The smallest that holds a step; None where there is none."""
-        if shape.is_decode and shape.logits <= shape.sequences:
-            tokens = sequences = _at_least(self.decode, shape.sequences)
-        else:
-            sequences = _at_least(self.sequences, max(shape.sequences, shape.logits))
-            tokens = None if sequences is None else _at_least(self.mixed_with(sequences), shape.tokens)
-        blocks = None if sequences is None else _at_least(self.blocks(sequences), shape.blocks)
-        if tokens is None or sequences is None or blocks is None:
+        is_decode = shape.is_decode and shape.logits <= shape.sequences
+        found = self._holding(shape, self.decode if is_decode else self.sequences)
+        if found is None:
             return None
-        return StepShape(tokens, sequences, blocks, sequences)
+        sequences, blocks = found
+        tokens = sequences if is_decode else _at_least(self.mixed_with(sequences), shape.tokens)
+        return None if tokens is None else StepShape(tokens, sequences, blocks, sequences)
 
     def launched(self, shape: StepShape) -> StepShape:
         """How a step that no captured shape holds is padded: not its tokens, but sequences and columns to those of
         captured steps. For these kernels have been compiled; one that a server meets first holds it up for a second.
         """
-        sequences = _at_least(self.sequences, max(shape.sequences, shape.logits))
-        blocks = None if sequences is None else _at_least(self.blocks(sequences), shape.blocks)
+        found = self._holding(shape, self.sequences)
         # As many sequences as tokens would be taken for decoding.
-        if shape.is_decode or sequences is None or blocks is None or shape.tokens <= sequences:
+        if shape.is_decode or found is None or shape.tokens <= found[0]:
             return shape
+        sequences, blocks = found
         return StepShape(shape.tokens, sequences, blocks, sequences)
+
+    def _holding(self, shape: StepShape, sizes: Sequence[int]) -> tuple[int, int] | None:
+        """(sequences of `sizes`, columns) that hold those of a step and its logits."""
+        sequences = _at_least(sizes, max(shape.sequences, shape.logits))
+        blocks = None if sequences is None else _at_least(self.blocks(sequences), shape.blocks)
+        return None if sequences is None or blocks is None else (sequences, blocks)
 
     def at_open(self) -> Iterator[StepShape]:
         """The usual shapes, the largest first: what they free serves the smaller ones."""

@@ -77,8 +77,8 @@ class Gpu:
         return self.capability >= (9, 0)
 
     @property
-    def has_descriptors(self) -> bool:
-        """Four warps multiply 64 rows by descriptors of their tiles in shared memory (`wgmma`).
+    def has_wgmma(self) -> bool:
+        """Four warps multiply 64 rows by descriptors of their tiles in shared memory.
 
         Descriptors of tiles that are not copied ahead are the same in every step of a loop. ptxas 12.8, which Triton
         3.6 brings, may compute them from registers that nothing has written (36 and 16 columns of keys and values on an
@@ -89,7 +89,7 @@ class Gpu:
     @property
     def runs_hopper_kernels(self) -> bool:
         """There are the matrix units that they are written for, and the Triton that compiles them."""
-        return self.has_descriptors and hopper_prompts is not None
+        return self.has_wgmma and hopper_prompts is not None
 
     @property
     def programs(self) -> int:
@@ -132,7 +132,7 @@ def plan_launch(
         short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 64), 64, 4, 3, gpu.hopper_or_later)
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
-    if gpu.has_descriptors and itemsize == 2 and not copied_ahead:
+    if gpu.has_wgmma and itemsize == 2 and not copied_ahead:
         long = Tiling(max(rows, 32), 32, 4 if rows <= 32 else 2, 2)  # too few rows, or warps, for descriptors
     on_hopper = gpu.runs_hopper_kernels and width == 128 and itemsize == 2 and is_plain
     splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n, listed=on_hopper and listed)

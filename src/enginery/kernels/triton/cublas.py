@@ -23,6 +23,7 @@ from enginery.device_facts import path_of
 from enginery.kernels.triton.cublas_choices import Choice, Choices, Family
 from enginery.kernels.triton.cublas_lt import Algorithm, CublasLt, Shape, takes
 from enginery.kernels.triton.cublas_tiles import CLUSTERS, OPTIONS, filling
+from enginery.kernels.triton.dependent_launch import is_hopper
 from enginery.kernels.triton.float8 import float8_product, processors_of, scaled, unscaled_product
 
 MOST_WORKSPACE = 32 << 20
@@ -68,13 +69,10 @@ class Cublas:
         self._products: dict[tuple[Family, int], Product | None] = {}
         self._ones: dict[torch.device, torch.Tensor] = {}
         self._measurer: int | None = None
-        self._processors = 0
 
     def open(self, device: torch.device) -> None:
         """From now on by the choices of earlier processes, if torch has brought the library."""
         self._one(device)
-        if torch.cuda.get_device_capability(device) == (9, 0):  # on others the tiles mean other kernels
-            self._processors = processors_of(device)
         with suppress(OSError, AttributeError, RuntimeError):
             self._lt = CublasLt()
             name = "-".join(torch.cuda.get_device_name(device).lower().split())
@@ -156,9 +154,11 @@ class Cublas:
             input, weights = operands(family, rows, device)
             row_scale, scale = torch.ones(rows, device=device), torch.ones(family.features, device=device)
             choices = list(proposed(lt, family, rows))
-            if others := list(tiled(lt, family, rows, self._processors)):
+            # On other GPUs the tiles mean other kernels.
+            if others := list(tiled(lt, family, rows, processors_of(device))) if is_hopper(device) else []:
                 expected = run(choices[0], weights[0])
-                choices += [each for each in others if multiplies(partial(run, each, weights[0]), expected)]
+                bound = ALIKE * expected.abs().amax()
+                choices += [each for each in others if multiplies(partial(run, each, weights[0]), expected, bound)]
             found = fastest(choices, run, weights)
         self._choices.keep(family, rows, found)
 
@@ -172,8 +172,8 @@ def proposed(lt: CublasLt, family: Family, rows: int) -> Iterator[Choice]:
 
 
 def tiled(lt: CublasLt, family: Family, rows: int, processors: int) -> Iterator[Choice]:
-    """By tiles that fill so many multiprocessors; by none for none."""
-    tiles = filling(rows, family.features, processors) if processors else []
+    """By tiles that fill so many multiprocessors of a Hopper."""
+    tiles = filling(rows, family.features, processors)
     shape = Shape(rows, family.features, family.depth, family.dtype)
     for algorithm in lt.algorithms(shape, 0)[:1] if tiles else ():
         for how in itertools.product(tiles, OPTIONS, CLUSTERS):
@@ -182,13 +182,13 @@ def tiled(lt: CublasLt, family: Family, rows: int, processors: int) -> Iterator[
                 yield Choice(found)
 
 
-def multiplies(run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
+def multiplies(run: Callable[[], torch.Tensor], expected: torch.Tensor, bound: torch.Tensor) -> bool:
     """Whether a kernel that cuBLAS has not proposed gives what one gives that it has, up to rounding."""
     with suppress(RuntimeError):
         result = run()
-        error, greatest = ((each.abs().amax()).float() for each in (result - expected, expected))
+        error = (result - expected).abs().amax()
         result.zero_()  # The next one's lies here: it is not to pass by writing nothing.
-        return bool(error <= ALIKE * greatest)
+        return bool(error <= bound)
     return False
 
 

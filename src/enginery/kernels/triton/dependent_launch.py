@@ -54,6 +54,11 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """There are the matrix units (`wgmma`) and the copies (TMA) that kernels for Hopper are written for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Of a launch of a kernel that has OVERLAP."""
     overlap = overlaps(device)

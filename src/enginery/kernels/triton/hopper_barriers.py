@@ -1,6 +1,5 @@
 """A ring of slots in shared memory on Hopper: who may fill a slot, who may read it, and which slot comes next."""
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -25,8 +24,3 @@ def locate(ring, step):
     """(slot of a step, parity of the turn in which the step has it)"""
     STAGES: gl.constexpr = ring.full.shape[0]
     return step % STAGES, step // STAGES & 1
-
-
-def is_hopper(device: torch.device) -> bool:
-    """There are the matrix units (`wgmma`) and the copies (TMA) that these kernels are written for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

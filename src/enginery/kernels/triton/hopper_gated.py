@@ -45,8 +45,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from enginery.kernels.triton.dependent_launch import is_hopper
 from enginery.kernels.triton.float8 import number_of, processors_of
-from enginery.kernels.triton.hopper_barriers import is_hopper, locate, new_barriers
+from enginery.kernels.triton.hopper_barriers import locate, new_barriers
 from enginery.ops.precision import FLOAT8
 
 HALF: gl.constexpr = gl.constexpr(64)
