@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from tests.engine.conftest import CONFIG
 from tests.engine.decoder import Decoder, Imported, reader
 
+from enginery.engine import native
 from enginery.engine.builder import build
 from enginery.engine.compile import example_inputs
-from enginery.engine.native import PARALLEL_ROWS, build_library, serial_when_small, split_source
+from enginery.engine.native import PARALLEL_ROWS, RegionSources, Unit, serial_when_small, split_source
 from enginery.errors import BuildError, ResourceError
 from enginery.network import Dim, Network
 
@@ -31,13 +33,35 @@ extern "C"  void  cpp_fused_a(const float* x,
 TWO = ONE.replace("cpp_fused_a", "cpp_fused_b").replace("ks0)", "ks0,\n const int64_t ks1)")
 
 
-def test_host_code_and_kernels_are_separated() -> None:
-    assert split_source(HOST + ONE) == (HOST, ONE)
+INTERFACE = "#include <interface.h>\n\n#include <string>\nvoid load() {}"
 
 
-def test_a_file_that_is_laid_out_differently_stays_whole() -> None:
-    assert split_source(HOST) == (HOST, "")
-    assert split_source("void run() {}\n" + ONE) == ("void run() {}\n" + ONE, "")
+@pytest.fixture
+def interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_interface", lambda: INTERFACE)
+
+
+def test_host_code_and_kernels_are_separated(interface: None) -> None:
+    assert split_source(HOST + ONE) == ("", HOST, ONE)
+
+
+def test_the_interface_is_separated_and_the_host_code_has_its_headers(interface: None) -> None:
+    head = "#include <cpu.h>\n"
+    model = "template class torch::aot_inductor::AOTInductorModelBase<torch::aot_inductor::AOTInductorModel>;\n"
+    assert split_source(f"{head}{INTERFACE}\n{HOST}{ONE}") == (
+        f"{head}{INTERFACE}\n{model}",
+        f"{head}#include <interface.h>\n#include <string>\nextern {model}\n{HOST}",
+        ONE,
+    )
+
+
+def test_a_file_that_is_laid_out_differently_stays_whole(interface: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert split_source(HOST) == ("", HOST, "")
+    assert split_source("void run() {}\n" + ONE) == ("", "void run() {}\n" + ONE, "")
+    changed = INTERFACE.replace("load", "open")
+    assert split_source(changed + HOST + ONE) == ("", changed + HOST, ONE)
+    monkeypatch.setattr(native, "_interface", lambda: "")
+    assert split_source(INTERFACE + HOST + ONE) == ("", INTERFACE + HOST, ONE)
 
 
 def test_kernels_over_few_rows_start_no_threads() -> None:
@@ -55,7 +79,7 @@ def test_a_kernel_over_several_sizes_is_left_alone() -> None:
 
 def test_sources_of_an_unknown_form_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"0 files \.wrapper\.cpp"):
-        build_library([tmp_path / "other.cpp"], tmp_path / "region.so")
+        RegionSources([tmp_path / "other.cpp"])
 
 
 def test_without_a_compiler_the_fix_is_named(
@@ -78,6 +102,36 @@ def test_a_compiler_that_fails_is_quoted(
     with pytest.raises(BuildError, match="out of luck"):
         build(source, reader(model), CONFIG, tmp_path / "engine")
     assert [path.name for path in tmp_path.iterdir() if "engine" in path.name] == []
+
+
+def test_the_interface_is_compiled_once_for_all_regions_and_kept(
+    fresh_cache: Path, tmp_path: Path, source: Imported, model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    compile_units = native.compile_units
+
+    def counted(units: Sequence[Unit], directory: Path) -> list[Path]:
+        compiled.extend(unit.name for unit in units)
+        return compile_units(units, directory)
+
+    monkeypatch.setattr("enginery.engine.native.compile_units", counted)
+    monkeypatch.setattr("enginery.engine.compile.compile_units", counted)
+    again = Imported(source.network.copy(), source.facts)
+    build(source, reader(model), CONFIG, tmp_path / "engine").close()
+    assert sorted(compiled) == ["host"] * 3 + ["interface"] + ["kernels"] * 3
+    for package in fresh_cache.rglob("*.pt2"):
+        package.unlink()
+    compiled.clear()
+    build(again, reader(model), CONFIG, tmp_path / "again").close()
+    assert sorted(compiled) == ["host"] * 3 + ["kernels"] * 3
+
+
+def test_where_the_interface_is_not_found_a_region_is_whole(
+    fresh_cache: Path, tmp_path: Path, source: Imported, model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_interface", lambda: "")
+    build(source, reader(model), CONFIG, tmp_path / "engine").close()
+    assert not list(fresh_cache.rglob("*.o"))
 
 
 def test_examples_have_the_networks_sizes() -> None:

@@ -1,7 +1,7 @@
 """Where compiled regions are kept: a directory of the user's own. Compiled code is loaded from here and from nowhere
 else.
 
-    CACHE/regions/FINGERPRINT/KEY.pt2
+    CACHE/regions/FINGERPRINT/KEY.pt2, and KEY.o for what several of them share
 
 FINGERPRINT stands for all that compiled code depends on beside the region itself: torch, this package, the operators,
 the device, the instruction set. Code that comes with an engine directory is taken in only if it carries this user's
@@ -32,7 +32,7 @@ _PRIVATE = PrivateFiles(foreign=EngineFileError, unusable=ResourceError)
 SUFFIX = ".pt2"
 
 _KEY_BYTES = 32
-_RECIPE = 1
+_RECIPE = 2
 """Raised when regions are compiled differently from the same text."""
 
 
@@ -70,9 +70,9 @@ class CodeCache:
         self.root = root or env.cache_dir()
         self.directory = self.root / "regions" / fingerprint
 
-    def find(self, key: str) -> Path | None:
+    def find(self, key: str, suffix: str = SUFFIX) -> Path | None:
         """The compiled region, if it is here and nobody else could have put it here."""
-        path = self.directory / f"{key}{SUFFIX}"
+        path = self.directory / f"{key}{suffix}"
         if not path.exists():
             return None
         _PRIVATE.directory(self.directory)
@@ -85,7 +85,7 @@ class CodeCache:
 
     def publish(self, key: str, finished: Path) -> Path:
         """Moves a finished file from `scratch` to its place; of two processes the later one wins, with equal code."""
-        target = self.directory / f"{key}{SUFFIX}"
+        target = self.directory / f"{key}{finished.suffix}"
         finished.chmod(0o600)
         finished.replace(target)
         return target

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from enginery.engine.code_cache import CodeCache
-from enginery.engine.native import build_library, compiler
+from enginery.engine.native import RegionSources, Unit, compile_units, compiler
 from enginery.engine.protocol import Progress
 from enginery.engine.regions import Region
 from enginery.errors import BuildError
@@ -51,6 +51,7 @@ class Compilation:
         self._report = report or (lambda stage, done, total: None)
         self._done: dict[str, Path] = {}
         self._running: dict[str, Future[Path]] = {}
+        self._shared: dict[str, Future[Path]] = {}
         self._beside: Future[None] | None = None
         self._pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))))
         self._total = 0
@@ -91,19 +92,36 @@ class Compilation:
             return self._pool.submit(self._in_process, key, region)
         scratch = self._cache.scratch()
         try:
-            sources = lower(region.network, self._device, Path(scratch.name))
+            sources = RegionSources(lower(region.network, self._device, Path(scratch.name)))
         except BaseException:
             scratch.cleanup()
             raise
+        shared = [] if sources.interface is None else [self._share(sources.interface)]
 
         def finish() -> Path:
-            with scratch as directory:
-                files: Sequence[Path] = sources
-                if not any(path.suffix == ".so" for path in sources):
-                    files = build_library(sources, Path(directory) / "region.so")
-                return self._cache.publish(key, package(files, Path(directory) / f"{key}.pt2"))
+            with scratch as name:
+                directory = Path(name)
+                objects = sources.compile(directory)
+                objects += [future.result() for future in shared]
+                files = sources.link(objects, directory / "region.so")
+                return self._cache.publish(key, package(files, directory / f"{key}.pt2"))
 
         return self._pool.submit(finish)
+
+    def _share(self, unit: Unit) -> Future[Path]:
+        """Its object file, compiled once for all regions, and begun before those that wait for it."""
+
+        def compiled() -> Path:
+            found = self._cache.find(unit.digest, ".o")
+            if found is not None:
+                return found
+            with self._cache.scratch() as directory:
+                (finished,) = compile_units([unit], Path(directory))
+                return self._cache.publish(unit.digest, finished)
+
+        if unit.digest not in self._shared:
+            self._shared[unit.digest] = self._pool.submit(compiled)
+        return self._shared[unit.digest]
 
     def _in_process(self, key: str, region: Region) -> Path:
         """For a GPU, Inductor runs the compilers itself, one region after another: each gets a process of its own."""
