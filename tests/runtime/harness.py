@@ -40,6 +40,9 @@ def check_invariants(session: Session) -> None:
     assert blocks.reference_counts == [owners[block] for block in range(blocks.num_blocks)]
     assert blocks.num_free + blocks.num_used == blocks.num_blocks
     assert blocks.num_used == len(owners)
+    stats = session.stats()
+    assert stats.num_referenced_blocks == owners.total()
+    assert stats.num_empty_slots == len(owners) * blocks.block_size - _held(session).total()
     assert set(blocks._blank).isdisjoint(blocks._cached_free)
     for queue, status in ((scheduler.running, Status.RUNNING), (scheduler.waiting, Status.WAITING)):
         assert [s.order for s in queue] == sorted(s.order for s in queue)
@@ -53,6 +56,16 @@ def check_invariants(session: Session) -> None:
         assert sequence.num_writable in (0, len(sequence.blocks) * blocks.block_size)
         written = sequence.blocks[sequence.num_computed // blocks.block_size :] if sequence.num_writable else ()
         assert not any(map(blocks.is_shared, written)), "a block that is written to has other readers"
+
+
+def _held(session: Session) -> Counter[int]:
+    """Tokens in each block, which several sequences may share."""
+    size = session.scheduler.limits.block_size
+    held: Counter[int] = Counter()
+    for sequence in session.scheduler.running:
+        for index, block in enumerate(sequence.blocks):
+            held[block] = max(held[block], min(size, max(0, sequence.num_computed - index * size)))
+    return held
 
 
 def check_idle(session: Session) -> None:

@@ -72,15 +72,8 @@ class SessionStats:
 
 
 def collect(counters: SessionStats, scheduler: Scheduler) -> SessionStats:
-    """The counters together with the scheduler's state now. O(running sequences × their blocks)."""
-    size = scheduler.limits.block_size
-    filled: dict[int, int] = {}
-    referenced = 0
-    for sequence in scheduler.running:
-        referenced += len(sequence.blocks)
-        for index, block in enumerate(sequence.blocks):
-            held = min(size, max(0, sequence.num_computed - index * size))
-            filled[block] = max(held, filled.get(block, 0))
+    """The counters together with the scheduler's state now. O(running sequences): it may be asked after every step."""
+    blocks = scheduler.blocks
     return replace(
         counters,
         finished=dict(counters.finished),
@@ -89,9 +82,20 @@ def collect(counters: SessionStats, scheduler: Scheduler) -> SessionStats:
         num_preemptions=scheduler.num_preemptions,
         num_prefix_queries=scheduler.cache.num_queried_tokens,
         num_prefix_hits=scheduler.cache.num_hit_tokens,
-        num_blocks=scheduler.blocks.num_blocks,
-        num_used_blocks=scheduler.blocks.num_used,
-        num_referenced_blocks=referenced,
-        num_empty_slots=size * len(filled) - sum(filled.values()),
-        block_size=size,
+        num_blocks=blocks.num_blocks,
+        num_used_blocks=blocks.num_used,
+        num_referenced_blocks=sum(len(sequence.blocks) for sequence in scheduler.running),
+        num_empty_slots=_empty_slots(scheduler),
+        block_size=blocks.block_size,
     )
+
+
+def _empty_slots(scheduler: Scheduler) -> int:
+    """Only blocks behind a sequence's last full one have any; of a block that several share they count once."""
+    size = scheduler.limits.block_size
+    held: dict[int, int] = {}
+    for sequence in scheduler.running:
+        full, rest = divmod(sequence.num_computed, size)
+        for block in sequence.blocks[full:]:
+            held[block], rest = rest, 0
+    return size * len(held) - sum(held.values())
