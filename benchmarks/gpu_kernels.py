@@ -32,7 +32,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from enginery.engine.buckets import CONTEXTS, CONTEXTS_OF_FEW, FEW_SEQUENCES
 from enginery.kernels.triton import linear, paged_attention
-from enginery.kernels.triton.attention_plan import Gpu, LaunchPlan, Tiling, plan_launch
+from enginery.kernels.triton.attention_plan import LaunchPlan, Tiling, plan_launch
+from enginery.kernels.triton.gpu import Gpu
 from enginery.kernels.triton.paged_attention import new_arrivals
 from gpu_linears import LAYER, PROJECTIONS
 from gpu_timing import L2_BYTES, compile_all, read_bandwidth, seconds

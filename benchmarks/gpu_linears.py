@@ -33,12 +33,12 @@ from enginery.kernels.triton import fused_linear
 from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
 from enginery.kernels.triton.cublas import Cublas
 from enginery.kernels.triton.float8 import quantised
+from enginery.kernels.triton.gpu import Gpu
 from enginery.kernels.triton.linear import (
     NORM_TILES,
     Tiles,
     choose_tiles,
     padded,
-    shared_memory_of,
     skinny_linear,
     skinny_norm_linear,
 )
@@ -177,7 +177,7 @@ def gate_streamed(input, residual, norm_weight, weight, scale):
 def streams(rows: int, row_bytes: int) -> bool:
     """Whether there is the kernel of `gate_streamed` for so many rows."""
     hopper_gated = fused_linear.hopper_gated
-    if hopper_gated is None or not hopper_gated.is_hopper(DEVICE):
+    if hopper_gated is None or not Gpu.of(DEVICE).is_hopper:
         return False
     return rows <= max(each.rows[-1] for each in hopper_gated.BOUNDS.values()) and row_bytes % hopper_gated.LINE == 0
 
@@ -233,7 +233,7 @@ def layer(rows: int, float8: bool, linear: Callable, norm_linear: Callable, cubl
 
 def chosen() -> Iterator[Case]:
     """What `compare` runs of our kernels."""
-    memory = shared_memory_of(DEVICE)
+    memory = Gpu.of(DEVICE).shared_memory
     numbers = [rows for rows in ROWS if rows <= MOST_SKINNY_ROWS]
     for (name, (features, depth)), rows, float8 in itertools.product(PROJECTIONS.items(), numbers, (False, True)):
         case = Case.of(choose_tiles(rows, features, 1 if float8 else 2, memory), rows, depth, float8=float8)
@@ -297,7 +297,7 @@ def candidates(kind: str, rows: int, depth: int, gated: bool) -> list[Case]:
         return [Case.of(tiles, rows, depth, gated=gated, norm=True) for tiles in IN_REGISTERS]
     tiles = IN_8_BITS if kind == "float8" else ON_TENSOR_CORES + (IN_REGISTERS if rows == 1 else [])
     cases = [Case.of(each, rows, depth, float8=kind == "float8") for each in tiles]
-    return [case for case in cases if shared_memory(case) <= shared_memory_of(DEVICE)]
+    return [case for case in cases if shared_memory(case) <= Gpu.of(DEVICE).shared_memory]
 
 
 def shared_memory(case: Case) -> int:

@@ -18,6 +18,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -29,16 +30,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDe
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from enginery.kernels.triton import dependent_launch, fused_linear, greatest, paged_attention
+from enginery.kernels.triton import fused_linear, greatest, paged_attention
 from enginery.kernels.triton.cublas import Cublas
-from enginery.kernels.triton.linear import H200_SHARED_MEMORY
+from enginery.kernels.triton.gpu import H200_SHARED_MEMORY, Gpu
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 HOPPER = GPUTarget("cuda", 90, 32)
-GPU = paged_attention.Gpu(132, (9, 0))
+GPU = Gpu(132, (9, 0))
 compiled: dict[Any, Any] = {}
 
 
@@ -99,7 +100,7 @@ WRITERS = ("U", "R2UR", "S2UR", "CS2UR", "REDUX", "VOTEU", "ELECT")
 
 
 def check_uniform_registers(code: str) -> None:
-    """None is read that nothing can have written before, as ptxas may do with descriptors (`Gpu.has_wgmma`)."""
+    """None is read that nothing can have written before, as ptxas may do with descriptors (`plan_launch`)."""
     parts = LABEL.split(code[code.index("/*0000*/") :])
     blocks = {name: INSTRUCTION.findall(text) for name, text in zip(["", *parts[1::2]], parts[::2], strict=True)}
     names = list(blocks)
@@ -237,8 +238,9 @@ def check_attention(steps: Sequence[tuple[int, int, int]]) -> None:
     attend(900, 64, 512, window=100, sinks=make(32), alibi_slopes=make(32, dtype=torch.float32))
 
 
+@patch.object(fused_linear, "hopper_row", None)
 def check_linears(numbers: Sequence[int]) -> None:
-    """Of so many rows."""
+    """Of so many rows; one as on other GPUs."""
     cublas = Cublas()
     for rows, dtype in itertools.product(numbers, (torch.bfloat16, torch.float8_e4m3fn)):
         narrow = dtype.itemsize == 1
@@ -282,8 +284,7 @@ def check_greatest(vocabularies: Sequence[int]) -> None:
 
 def main(few: bool) -> None:
     JITFunction.run = compile_call  # type: ignore[method-assign]
-    paged_attention.Gpu.of = classmethod(lambda cls, device: GPU)  # type: ignore[method-assign,assignment]
-    dependent_launch.overlaps = fused_linear.hopper_gated.is_hopper = lambda device: True
+    Gpu.of = classmethod(lambda cls, device: GPU)  # type: ignore[method-assign,assignment]
     knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
     torch._scaled_mm = lambda a, b, *_, **__: make(a.shape[0], b.shape[1])  # type: ignore[assignment]
     check_greatest((50257, 128256))

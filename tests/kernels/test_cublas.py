@@ -8,20 +8,21 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .triton_device import check_replays, kernels_for_device
+from .triton_device import check_replays, kernels_for_device, pretend
 
 with kernels_for_device():
     from enginery.kernels.triton import cublas
     from enginery.kernels.triton.cublas_choices import Choice, Choices, Family
     from enginery.kernels.triton.cublas_lt import Algorithm, CublasLt, Shape
     from enginery.kernels.triton.cublas_tiles import CLUSTERS, FILLED, MOST_WAVES, TILES, TRIED, WIDTHS, filling
-    from enginery.kernels.triton.float8 import processors_of
+    from enginery.kernels.triton.gpu import Gpu
 
 SQUARE = Family(64, 64, torch.bfloat16)
 NARROW = Family(64, 64, torch.float8_e4m3fn, scaled=True)
@@ -150,16 +151,15 @@ def test_tiles_of_decoding() -> None:
     assert filling(8192, 28672, 132) == []
 
 
-def measure_tiles(monkeypatch: pytest.MonkeyPatch, processors: int) -> list[Choice]:
-    """What is measured of a product of 128 rows and 192 features on a Hopper of so many multiprocessors; 0: on
-    another GPU."""
+def measure_tiles(monkeypatch: pytest.MonkeyPatch, *gpu: Any) -> list[Choice]:
+    """What is measured of a product of 128 rows and 192 features on a GPU of so many multiprocessors and such
+    capability."""
     measured: list[Choice] = []
     monkeypatch.setattr(cublas, "fastest", lambda choices, run, weights: measured.extend(choices))
     monkeypatch.setattr(
         cublas, "operands", lambda family, rows, device: (torch.randn(rows, 64).bfloat16(), [torch.randn(192, 64)])
     )
-    monkeypatch.setattr(cublas, "is_hopper", lambda device: processors > 0)
-    monkeypatch.setattr(cublas, "processors_of", lambda device: processors)
+    pretend(monkeypatch, cublas, *gpu)
     ours = cublas.Cublas(Library(), Choices())
     with ours.measuring():
         ours.linear(torch.randn(128, 64).bfloat16(), torch.randn(192, 64).bfloat16())
@@ -169,11 +169,11 @@ def measure_tiles(monkeypatch: pytest.MonkeyPatch, processors: int) -> list[Choi
 def test_what_fills_the_gpu_is_measured_too_if_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = filling(128, 192, 3)
     assert len(tiles) == TRIED
-    assert measure_tiles(monkeypatch, 3) == [
+    assert measure_tiles(monkeypatch, 3, (9, 0)) == [
         choice(1), choice(2),
         *(Choice(Algorithm(bytes([tile, 0, cluster]), 0)) for tile in tiles for cluster in CLUSTERS if cluster < 5),
     ]  # fmt: skip
-    assert measure_tiles(monkeypatch, 0) == [choice(1), choice(2)]
+    assert measure_tiles(monkeypatch, 3, (8, 0)) == [choice(1), choice(2)]
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_tiles_multiply_as_many_rows_as_they_were_chosen_for_and_fewer(
     rows, features, depth = shape
     lt, input, weight = CublasLt(), randn(rows, depth, dtype=dtype), randn(features, depth, dtype=dtype)
     family = Family.of(weight)
-    found = list(cublas.tiled(lt, family, rows, processors_of(weight.device)))
+    found = list(cublas.tiled(lt, family, rows, Gpu.of(weight.device)))
     assert found
     for each in found:
         choices = Choices()

@@ -35,9 +35,10 @@ from .test_triton_paged_attention import Case
 from .triton_device import DEVICE, kernels_for_device
 
 with kernels_for_device():
-    from enginery.kernels.triton import hopper_decode
+    from enginery.kernels.triton import attention_plan, hopper_decode
     from enginery.kernels.triton import paged_attention as kernels
     from enginery.kernels.triton.attention_plan import plan_splits
+    from enginery.kernels.triton.gpu import Gpu
     from enginery.kernels.triton.rotary import rotary_paged_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -153,7 +154,7 @@ def test_splits_have_places_in_the_grid_of_few_sequences(
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each launch of the kernel."""
-    if not kernels.Gpu.of(DEVICE).runs_hopper_kernels:
+    if not attention_plan.runs_hopper_kernels(Gpu.of(DEVICE)):
         pytest.skip("needs compute capability 9.0 and Triton 3.6")
     launch, tokens = hopper_decode.launch, []
 

@@ -14,12 +14,13 @@ import torch
 from enginery.ops.precision import FLOAT8
 from enginery.ops.silu_mul import silu_gate
 
-from .triton_device import DEVICE, check_replays, kernels_for_device
+from .triton_device import DEVICE, check_replays, kernels_for_device, pretend
 
 with kernels_for_device():
     from enginery.kernels.triton import fused_linear as kernels
     from enginery.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_float8
     from enginery.kernels.triton.float8 import quantised
+    from enginery.kernels.triton.gpu import Gpu
 
 if kernels.hopper_gated is None:
     pytest.skip("the kernel is written for Triton 3.6", allow_module_level=True)
@@ -33,8 +34,7 @@ DTYPES = [torch.bfloat16, FLOAT8]
 
 @pytest.fixture
 def on_h200(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_gated, "is_hopper", lambda device: True)
-    monkeypatch.setattr(hopper_gated, "processors_of", lambda device: 132)
+    pretend(monkeypatch, hopper_gated, 132, (9, 0))
 
 
 def takes(
@@ -85,7 +85,7 @@ def test_other_dtypes_go_elsewhere() -> None:
 
 @pytest.mark.usefixtures("on_h200")
 def test_it_takes_rows_that_tma_can_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_gated, "processors_of", lambda device: 1)
+    pretend(monkeypatch, hopper_gated, 1, (9, 0))
     data = torch.zeros(1 << 16, dtype=torch.bfloat16)
     place = -data.data_ptr() // 2 % 8
     input = data[place:].as_strided((96, 64), (72, 1))
@@ -100,11 +100,11 @@ def test_it_takes_rows_that_tma_can_address(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_no_other_gpu_has_its_matrix_units(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert not hopper_gated.is_hopper(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert hopper_gated.is_hopper(torch.device("cuda"))
-    assert not hopper_gated.is_hopper(torch.device("cpu"))
+    assert not takes()  # nor has a device that is none
+    pretend(monkeypatch, hopper_gated, 132, capability)
+    assert not takes()
+    pretend(monkeypatch, hopper_gated, 132, (9, 0))
+    assert takes()
 
 
 def library() -> dict[str, Any]:
@@ -124,8 +124,7 @@ def calls_of(
         calls.append((input.dtype, bias, scale, input_scale))
         return input.new_zeros(len(input), len(weight) // 2, dtype=torch.bfloat16)
 
-    monkeypatch.setattr(hopper_gated, "is_hopper", lambda device: True)
-    monkeypatch.setattr(hopper_gated, "processors_of", lambda device: 1)
+    pretend(monkeypatch, hopper_gated, 1, (9, 0))
     monkeypatch.setattr(kernels, "hopper_gated", SimpleNamespace(takes=hopper_gated.takes, gated_linear=note))
     settings: dict[str, Any] = {"gated": True, "bias": None, "scale": None, "input": torch.bfloat16} | options
     input = torch.randn(rows, 128, device=DEVICE).to(settings.pop("input"))
@@ -190,7 +189,7 @@ def draw(
     rows: int, features: int, depth: int, dtype: torch.dtype, *, has_bias: bool = False, scales: int | None = None
 ) -> Operands:
     """`features`: of the output. What lies behind the operands is NaN."""
-    if not hopper_gated.is_hopper(DEVICE):
+    if not Gpu.of(DEVICE).is_hopper:
         pytest.skip("needs compute capability 9.0")
     input, weight = (torch.randn(size + 128, depth, device=DEVICE) for size in (rows, 2 * features))
     weight = weight if dtype == FLOAT8 else weight / depth**0.5

@@ -24,6 +24,7 @@ from .triton_device import DEVICE, kernels_for_device
 with kernels_for_device():
     from enginery.kernels.triton import attention_plan
     from enginery.kernels.triton import paged_attention as kernels
+    from enginery.kernels.triton.gpu import Gpu
     from enginery.kernels.triton.rotary import rotary_paged_attention
 
 if kernels.hopper_prompts is None:
@@ -32,7 +33,7 @@ hopper_prompts = kernels.hopper_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-H200 = kernels.Gpu(132, (9, 0))
+H200 = Gpu(132, (9, 0))
 SCALE = 128**-0.5
 LLAMA = Case(((0, 0),), heads=32, kv_heads=8, dk=128, dv=128, dtype=torch.bfloat16)
 SMALL = replace(LLAMA, sequences=((5, 1), (16, 20)), heads=2, kv_heads=1)
@@ -41,20 +42,18 @@ SMALL = replace(LLAMA, sequences=((5, 1), (16, 20)), heads=2, kv_heads=1)
 # When it is chosen
 
 
-def programs(
-    gpu: kernels.Gpu = H200, tokens: int = 900, width: int = 128, itemsize: int = 2, sequences: int = 5
-) -> int:
+def programs(gpu: Gpu = H200, tokens: int = 900, width: int = 128, itemsize: int = 2, sequences: int = 5) -> int:
     return kernels.plan_launch(gpu, tokens, sequences, 8192, 8, 4, width, itemsize).hopper_programs
 
 
 def test_plans_for_hopper_have_a_program_on_each_multiprocessor() -> None:
     assert programs() == 132
-    assert programs(kernels.Gpu(78, (9, 0))) == 78
+    assert programs(Gpu(78, (9, 0))) == 78
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_no_other_gpu_has_its_matrix_units(capability: tuple[int, int]) -> None:
-    assert programs(kernels.Gpu(132, capability)) == 0
+    assert programs(Gpu(132, capability)) == 0
 
 
 @pytest.mark.parametrize("shape", [{"width": 64}, {"width": 256}, {"itemsize": 4}], ids=str)
@@ -68,7 +67,7 @@ def test_another_triton_keeps_to_the_general_kernel(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_cpu_has_none() -> None:
-    assert not kernels.Gpu.of(torch.device("cpu")).runs_hopper_kernels
+    assert not attention_plan.runs_hopper_kernels(Gpu.of(torch.device("cpu")))
 
 
 class Launcher:
@@ -157,7 +156,7 @@ def test_rows_of_pages_lie_where_the_kernel_looks() -> None:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each launch of the kernel."""
-    if not kernels.Gpu.of(DEVICE).runs_hopper_kernels:
+    if not attention_plan.runs_hopper_kernels(Gpu.of(DEVICE)):
         pytest.skip("needs compute capability 9.0 and Triton 3.6")
     launch, tokens = hopper_prompts.launch, []
 

@@ -14,11 +14,12 @@ import torch
 from enginery.ops.precision import FLOAT8
 from enginery.ops.silu_mul import silu_gate
 
-from .triton_device import DEVICE, check_replays, kernels_for_device
+from .triton_device import DEVICE, check_replays, kernels_for_device, pretend
 
 with kernels_for_device():
     from enginery.kernels.triton import fused_linear as kernels
     from enginery.kernels.triton.cublas import Cublas
+    from enginery.kernels.triton.gpu import Gpu
 
 if kernels.hopper_row is None:
     pytest.skip("the kernel is written for Triton 3.6", allow_module_level=True)
@@ -46,16 +47,16 @@ def takes(
 
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_row, "is_hopper", lambda device: True)
+    pretend(monkeypatch, hopper_row, 132, (9, 0))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_other_gpus_have_the_general_kernels(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    weight = SimpleNamespace(dtype=torch.bfloat16)
-    row = SimpleNamespace(shape=(1, 4096), device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert not hopper_row.takes(row, weight)
     assert not takes()  # nor has a device that is none
+    pretend(monkeypatch, hopper_row, 132, capability)
+    assert not takes()
+    pretend(monkeypatch, hopper_row, 132, (9, 0))
+    assert takes()
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -108,7 +109,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         made.append(("norm", bias, scale, gated, eps))
         return input.new_zeros(1, len(weight) // (2 if gated else 1)), input + residual
 
-    monkeypatch.setattr(hopper_row, "is_hopper", lambda device: True)
+    pretend(monkeypatch, hopper_row, 132, (9, 0))
     double = SimpleNamespace(takes=hopper_row.takes, row_linear=plain, norm_row_linear=normed)
     monkeypatch.setattr(kernels, "hopper_row", double)
     return made
@@ -181,7 +182,7 @@ Kind = tuple[torch.dtype, torch.dtype]
 
 def draw(features: int, depth: int, kind: Kind, *, has_bias: bool = False, scales: int | None = None) -> Operands:
     """`features`: of the weight. What lies before and behind the operands is NaN."""
-    if not hopper_row.is_hopper(DEVICE):
+    if not Gpu.of(DEVICE).is_hopper:
         pytest.skip("needs compute capability 9.0")
     wide, dtype = kind
     rows = torch.full((3, 2 * depth), torch.nan, device=DEVICE, dtype=wide)

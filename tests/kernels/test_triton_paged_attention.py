@@ -15,8 +15,10 @@ from enginery.ops.rotary_paged_attention import rotary_paged_attention_reference
 from .triton_device import DEVICE, kernels_for_device
 
 with kernels_for_device():
+    from enginery.kernels.triton import attention_plan
     from enginery.kernels.triton import paged_attention as kernels
     from enginery.kernels.triton.attention_plan import Tiling
+    from enginery.kernels.triton.gpu import Gpu
     from enginery.kernels.triton.rotary import rotary_paged_attention
 
 # Rows of padding divide by zero; NumPy, which interprets, says so.
@@ -237,7 +239,7 @@ def test_no_sequences_give_zeros() -> None:
 
 
 def test_capacity_decides_the_splits() -> None:
-    gpu = kernels.Gpu(processors=132, capability=(9, 0))
+    gpu = Gpu(processors=132, capability=(9, 0))
     llama = {"kv_heads": 8, "groups": 4, "width": 128, "itemsize": 2}
     alone = kernels.plan_launch(gpu, 1, 1, 8192, **llama)
     crowd = kernels.plan_launch(gpu, 256, 256, 8192, **llama)
@@ -255,7 +257,7 @@ def test_capacity_decides_the_splits() -> None:
 def test_tiles_of_what_is_not_copied_ahead_need_no_descriptors(groups: int) -> None:
     """Four warps and 64 rows would have them, on Hopper."""
     for capability, is_small in (((9, 0), True), ((8, 0), False)):
-        gpu = kernels.Gpu(132, capability)
+        gpu = Gpu(132, capability)
         plan = kernels.plan_launch(gpu, 900, 5, 8192, 1, groups, 64, 2, copied_ahead=False)
         assert (plan.long.block_m < 64 or plan.long.num_warps < 4) == is_small
         assert plan.long.block_m % groups == 0
@@ -266,7 +268,7 @@ def test_tiles_of_what_is_not_copied_ahead_need_no_descriptors(groups: int) -> N
 def test_plans_for_the_general_kernels_cut_a_crowd_less() -> None:
     """On other GPUs, and where there are features."""
     llama = {"kv_heads": 8, "groups": 4, "width": 128, "itemsize": 2}
-    ampere, hopper = kernels.Gpu(132, (8, 0)), kernels.Gpu(132, (9, 0))
+    ampere, hopper = Gpu(132, (8, 0)), Gpu(132, (9, 0))
     for gpu, is_plain in ((ampere, True), (ampere, False), (hopper, False)):
         crowd = kernels.plan_launch(gpu, 256, 256, 8192, **llama, is_plain=is_plain)
         mixed = kernels.plan_launch(gpu, 900, 5, 8192, **llama, is_plain=is_plain)
@@ -312,7 +314,7 @@ def test_full_size_batches(features: dict, dtype: torch.dtype, general: bool, mo
     `general`: as on a GPU that has no kernels of its own.
     """
     if general:
-        monkeypatch.setattr(kernels.Gpu, "runs_hopper_kernels", False)
+        monkeypatch.setattr(attention_plan, "hopper_prompts", None)
     draw = random.Random(int(torch.randint(1 << 30, ())))
     decode = tuple((draw.randrange(3000), 1) for _ in range(12))
     case = Case(decode, heads=32, kv_heads=8, dk=128, dv=128, dtype=dtype, **features)
@@ -327,10 +329,10 @@ def test_overlapped_launches_change_nothing(overlap: bool) -> None:
     if overlap and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
     case = Case(((3000, 1), (0, 1), (777, 1)), heads=32, kv_heads=8, dk=128, dv=128, dtype=torch.bfloat16)
-    base = kernels.plan_launch(kernels.Gpu(132, (9, 0) if overlap else (8, 0)), 3, 3, 3008, 8, 4, 128, 2)
+    base = kernels.plan_launch(Gpu(132, (9, 0) if overlap else (8, 0)), 3, 3, 3008, 8, 4, 128, 2)
     assert base.splits > 1
     plans = [replace(base, hopper_programs=0)]
-    if base.hopper_programs and kernels.Gpu.of(DEVICE).runs_hopper_kernels:
+    if base.hopper_programs and attention_plan.runs_hopper_kernels(Gpu.of(DEVICE)):
         plans.append(base)
     for plan in plans * 5:
         check(case, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,13 @@ NARROW = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
 """what NumPy does not have, by Triton's names"""
 TORCH_DTYPES = {**NARROW, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 UNSIGNED = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32, 64: torch.uint64}
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, module: ModuleType, processors: int, capability: tuple[int, int]) -> None:
+    """What this module plans is for such a GPU; launches are for the one that there is."""
+    from enginery.kernels.triton.gpu import Gpu
+
+    monkeypatch.setattr(module, "Gpu", SimpleNamespace(of=lambda device: Gpu(processors, capability)))
 
 
 def check_replays(call: Callable[[], torch.Tensor], change: Callable[[], object], times: int) -> None:

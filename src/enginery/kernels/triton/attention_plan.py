@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from enginery.kernels.triton.gpu import Gpu
 from enginery.kernels.triton.hopper import hopper_prompts
 
+PROGRAMS = 4
+"""Of *short* a multiprocessor that fill the GPU: equal contexts gain nothing by more splits than that."""
 SHORT_PIECE = 16
 """Blocks that a program of *short* may have without holding up the others."""
 
@@ -62,46 +63,9 @@ def power_of_two(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What a plan depends on."""
-
-    processors: int
-    """multiprocessors"""
-    capability: tuple[int, int]
-    """compute capability"""
-
-    @property
-    def hopper_or_later(self) -> bool:
-        """Launches can overlap, and tiles come by tensor descriptors."""
-        return self.capability >= (9, 0)
-
-    @property
-    def has_wgmma(self) -> bool:
-        """Four warps multiply 64 rows by descriptors of their tiles in shared memory.
-
-        Descriptors of tiles that are not copied ahead are the same in every step of a loop. ptxas 12.8, which Triton
-        3.6 brings, may compute them from registers that nothing has written (36 and 16 columns of keys and values on an
-        H200: reads beyond a program's shared memory).
-        """
-        return self.capability == (9, 0)
-
-    @property
-    def runs_hopper_kernels(self) -> bool:
-        """There are the matrix units that they are written for, and the Triton that compiles them."""
-        return self.has_wgmma and hopper_prompts is not None
-
-    @property
-    def programs(self) -> int:
-        """Of *short* that fill the GPU, four a multiprocessor: equal contexts gain nothing by more splits than that."""
-        return 4 * self.processors
-
-    @classmethod
-    def of(cls, device: torch.device) -> Gpu:
-        if device.type != "cuda":
-            return cls(1, (0, 0))
-        properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, (properties.major, properties.minor))
+def runs_hopper_kernels(gpu: Gpu) -> bool:
+    """There are the matrix units that they are written for, and the Triton that compiles them."""
+    return gpu.is_hopper and hopper_prompts is not None
 
 
 def plan_launch(
@@ -129,17 +93,18 @@ def plan_launch(
     if itemsize > 2:
         short, long = Tiling(rows, 16, 4, 3), Tiling(rows, 16, 4, 2)
     elif width <= 128:
-        short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 64), 64, 4, 3, gpu.hopper_or_later)
+        short, long = Tiling(rows, 16, 1 if rows == 16 else 4, 5), Tiling(max(rows, 64), 64, 4, 3, gpu.overlaps)
     else:
         short, long = Tiling(rows, 16, 4, 5), Tiling(max(rows, 64), 32, 4, 2)
-    if gpu.has_wgmma and itemsize == 2 and not copied_ahead:
+    if gpu.is_hopper and itemsize == 2 and not copied_ahead:
+        # Descriptors of tiles that are not copied ahead are the same in every step of a loop. ptxas 12.8, which Triton
+        # 3.6 brings, may compute them from registers that nothing has written (36 and 16 columns of keys and values on
+        # an H200: reads beyond a program's shared memory).
         long = Tiling(max(rows, 32), 32, 4 if rows <= 32 else 2, 2)  # too few rows, or warps, for descriptors
-    on_hopper = gpu.runs_hopper_kernels and width == 128 and itemsize == 2 and is_plain
+    on_hopper = runs_hopper_kernels(gpu) and width == 128 and itemsize == 2 and is_plain
     splits, share = plan_splits(gpu, sequences * kv_heads, capacity // short.block_n, listed=on_hopper and listed)
     # Of prompts one program a multiprocessor: its shared memory holds no second one.
-    return LaunchPlan(
-        tokens == sequences, short, long, splits, share, gpu.hopper_or_later, gpu.processors if on_hopper else 0
-    )
+    return LaunchPlan(tokens == sequences, short, long, splits, share, gpu.overlaps, gpu.processors if on_hopper else 0)
 
 
 def plan_splits(gpu: Gpu, pairs: int, blocks: int, *, listed: bool = False) -> tuple[int, int]:
@@ -152,7 +117,7 @@ def plan_splits(gpu: Gpu, pairs: int, blocks: int, *, listed: bool = False) -> t
     2,138 at most, by `attend_short`: 153 µs in one piece each, 113 in pieces of at least 512 keys on an H200;
     `benchmarks/gpu_kernels.py`).
     """
-    filling = gpu.programs // max(1, pairs)
+    filling = PROGRAMS * gpu.processors // max(1, pairs)
     choices = ((4, 8, 8), (2, 16, 8), (1, 8, 16), (0, 8 if listed else 4, 32))
     wanted, share = next((most, least) for bound, most, least in choices if filling >= bound)
     if filling >= 8 or blocks <= filling * SHORT_PIECE:

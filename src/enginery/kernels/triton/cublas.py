@@ -23,8 +23,8 @@ from enginery.device_facts import path_of
 from enginery.kernels.triton.cublas_choices import Choice, Choices, Family
 from enginery.kernels.triton.cublas_lt import Algorithm, CublasLt, Shape, takes
 from enginery.kernels.triton.cublas_tiles import CLUSTERS, OPTIONS, filling
-from enginery.kernels.triton.dependent_launch import is_hopper
-from enginery.kernels.triton.float8 import float8_product, processors_of, scaled, unscaled_product
+from enginery.kernels.triton.float8 import float8_product, scaled, unscaled_product
+from enginery.kernels.triton.gpu import Gpu
 
 MOST_WORKSPACE = 32 << 20
 """bytes; what torch gives cuBLAS on a Hopper"""
@@ -154,8 +154,7 @@ class Cublas:
             input, weights = operands(family, rows, device)
             row_scale, scale = torch.ones(rows, device=device), torch.ones(family.features, device=device)
             choices = list(proposed(lt, family, rows))
-            # On other GPUs the tiles mean other kernels.
-            if others := list(tiled(lt, family, rows, processors_of(device))) if is_hopper(device) else []:
+            if others := list(tiled(lt, family, rows, Gpu.of(device))):
                 expected = run(choices[0], weights[0])
                 bound = ALIKE * expected.abs().amax()
                 choices += [each for each in others if multiplies(partial(run, each, weights[0]), expected, bound)]
@@ -171,9 +170,9 @@ def proposed(lt: CublasLt, family: Family, rows: int) -> Iterator[Choice]:
         yield from (Choice(algorithm, by_rows) for algorithm in dict.fromkeys(algorithms))
 
 
-def tiled(lt: CublasLt, family: Family, rows: int, processors: int) -> Iterator[Choice]:
-    """By tiles that fill so many multiprocessors of a Hopper."""
-    tiles = filling(rows, family.features, processors)
+def tiled(lt: CublasLt, family: Family, rows: int, gpu: Gpu) -> Iterator[Choice]:
+    """By tiles that fill the multiprocessors of a Hopper; on other GPUs they mean other kernels."""
+    tiles = filling(rows, family.features, gpu.processors) if gpu.is_hopper else []
     shape = Shape(rows, family.features, family.depth, family.dtype)
     for algorithm in lt.algorithms(shape, 0)[:1] if tiles else ():
         for how in itertools.product(tiles, OPTIONS, CLUSTERS):

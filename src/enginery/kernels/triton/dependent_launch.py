@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from enginery.kernels.triton.gpu import Gpu
+
 LINE = tl.constexpr(128)
 """Bytes of a request to the L2 cache."""
 
@@ -50,16 +52,7 @@ def wait_with_weights(weight, rows, DEPTH: tl.constexpr, AHEAD: tl.constexpr, OV
         gdc_wait()
 
 
-def overlaps(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def is_hopper(device: torch.device) -> bool:
-    """There are the matrix units (`wgmma`) and the copies (TMA) that kernels for Hopper are written for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def launch_options(device: torch.device) -> dict[str, Any]:
     """Of a launch of a kernel that has OVERLAP."""
-    overlap = overlaps(device)
+    overlap = Gpu.of(device).overlaps
     return {"OVERLAP": overlap, "launch_pdl": overlap}

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from enginery.kernels.triton.dependent_launch import launch_options, wait
+from enginery.kernels.triton.gpu import Gpu
 from enginery.ops import precision
 
 LARGEST = tl.constexpr(precision.LARGEST)
@@ -20,7 +21,6 @@ BLOCK = 1024
 """columns of a program that applies scales"""
 TILE = 128
 """rows and columns that a program of cuBLAS with scales has"""
-H200_PROCESSORS = 132
 
 
 @triton.jit
@@ -106,13 +106,6 @@ def by_rows(rows: int, features: int, processors: int) -> bool:
     return tiles > 0.75 * processors * triton.cdiv(tiles, processors)
 
 
-def processors_of(device: torch.device) -> int:
-    """Multiprocessors."""
-    if device.type != "cuda":
-        return H200_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def unscaled_product(input: torch.Tensor, weight: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     """input `[M, K]` · weight `[N, K]`ᵀ of float8 -> `[M, N]` in bfloat16; `unit` and sums: see `float8_product`."""
     return torch._scaled_mm(input, weight.t(), unit, unit, out_dtype=torch.bfloat16, use_fast_accum=True)
@@ -133,7 +126,7 @@ def float8_product(
     unit's own precision ("fast accumulation"): less than float32, much more than the operands.
     """
     rows, features = input.shape[0], weight.shape[0]
-    if by_rows(rows, features, processors_of(input.device)) or dtype != torch.bfloat16:
+    if by_rows(rows, features, Gpu.of(input.device).processors) or dtype != torch.bfloat16:
         columns = scale.expand(features).contiguous().view(1, features)
         result = torch._scaled_mm(
             input, weight.t(), input_scale.view(rows, 1), columns, out_dtype=torch.bfloat16, use_fast_accum=True

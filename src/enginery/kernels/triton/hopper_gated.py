@@ -45,8 +45,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from enginery.kernels.triton.dependent_launch import is_hopper
-from enginery.kernels.triton.float8 import number_of, processors_of
+from enginery.kernels.triton.float8 import number_of
+from enginery.kernels.triton.gpu import Gpu
 from enginery.kernels.triton.hopper_barriers import locate, new_barriers
 from enginery.ops.precision import FLOAT8
 
@@ -224,10 +224,10 @@ def linear_gated(
 def takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel reads such tensors, and is the fastest for them."""
     rows, depth = input.shape
-    bounds = BOUNDS.get(weight.dtype)
-    if bounds is None or rows not in bounds.rows or not is_hopper(input.device):
+    bounds, gpu = BOUNDS.get(weight.dtype), Gpu.of(input.device)
+    if bounds is None or rows not in bounds.rows or not gpu.is_hopper:
         return False
-    tiles = triton.cdiv(weight.shape[0] // 2, HALF.value) / processors_of(input.device)
+    tiles = triton.cdiv(weight.shape[0] // 2, HALF.value) / gpu.processors
     return (
         bounds.least_tiles <= tiles <= bounds.most_tiles
         and input.dtype == weight.dtype

@@ -37,8 +37,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from enginery.kernels.triton.dependent_launch import is_hopper
-from enginery.kernels.triton.float8 import number_of, processors_of
+from enginery.kernels.triton.float8 import number_of
+from enginery.kernels.triton.gpu import Gpu
 from enginery.kernels.triton.hopper_barriers import locate, new_barriers
 from enginery.ops.precision import FLOAT8
 
@@ -244,7 +244,7 @@ def takes(input: torch.Tensor, weight: torch.Tensor) -> bool:
     rows, depth = input.shape
     return (
         rows == 1
-        and is_hopper(input.device)
+        and Gpu.of(input.device).is_hopper
         and input.element_size() == 2
         and weight.dtype in (input.dtype, FLOAT8)
         and weight.is_contiguous()
@@ -304,7 +304,7 @@ def _launch(
     blocks = numbers.shape[1] // WIDTH.value
     steps = STEPS if blocks % STEPS == 0 else 1
     tiles = triton.cdiv(features, HALF.value if gated else 2 * HALF.value)
-    linear_row[(min(tiles, PROGRAMS * processors_of(input.device)),)](
+    linear_row[(min(tiles, PROGRAMS * Gpu.of(input.device).processors),)](
         TensorDescriptor.from_tensor(numbers, [HALF.value, WIDTH.value], layout),
         row, *others, output, total, features, eps,
         DEPTH=depth, PADDED=padded, ROUNDS=blocks // steps, STEPS=steps,

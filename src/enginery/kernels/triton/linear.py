@@ -26,9 +26,7 @@ import triton.language as tl
 
 from enginery.kernels.triton.dependent_launch import launch_options, wait_with_weights
 from enginery.kernels.triton.float8 import number_of
-
-H200_SHARED_MEMORY = 227 << 10
-"""Bytes that a program may have there."""
+from enginery.kernels.triton.gpu import H200_SHARED_MEMORY, Gpu
 
 
 @triton.jit
@@ -155,13 +153,6 @@ class Tiles:
     num_stages: int
 
 
-def shared_memory_of(device: torch.device) -> int:
-    """Bytes that a program may have."""
-    if device.type != "cuda":
-        return H200_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
 FEW_FEATURES = 4096
 """For so few, one row keeps its products in registers; its programs of 8 features are more than those of 64."""
 
@@ -222,7 +213,7 @@ def skinny_linear(
     features = weight.shape[0] // 2 if gated else weight.shape[0]
     input = input if input.stride(1) == 1 else input.contiguous()
     output = input.new_empty(rows, features, dtype=dtype or input.dtype)
-    tiles = tiles or choose_tiles(rows, weight.shape[0], weight.element_size(), shared_memory_of(input.device))
+    tiles = tiles or choose_tiles(rows, weight.shape[0], weight.element_size(), Gpu.of(input.device).shared_memory)
     common: dict[str, int] = {
         "DEPTH": depth,
         "BLOCK_N": tiles.block_n,

@@ -30,7 +30,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from enginery.errors import UnsupportedError
 from enginery.kernels.triton.attention_kernels import attend_long, attend_short, write_cache
-from enginery.kernels.triton.attention_plan import Gpu, LaunchPlan, plan_launch, power_of_two
+from enginery.kernels.triton.attention_plan import LaunchPlan, plan_launch, power_of_two
+from enginery.kernels.triton.gpu import Gpu
 from enginery.kernels.triton.hopper import hopper_decode, hopper_prompts
 
 ARRIVALS = 1 << 16
