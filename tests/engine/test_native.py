@@ -12,6 +12,7 @@ from tests.engine.decoder import Decoder, Imported, reader
 
 from enginery.engine import native
 from enginery.engine.builder import build
+from enginery.engine.code_cache import CodeCache
 from enginery.engine.compile import example_inputs
 from enginery.engine.native import PARALLEL_ROWS, RegionSources, Unit, serial_when_small, split_source
 from enginery.errors import BuildError, ResourceError
@@ -124,6 +125,18 @@ def test_the_interface_is_compiled_once_for_all_regions_and_kept(
     compiled.clear()
     build(again, reader(model), CONFIG, tmp_path / "again").close()
     assert sorted(compiled) == ["host"] * 3 + ["kernels"] * 3
+
+
+def test_an_object_file_that_was_cut_off_is_not_linked(fresh_cache: Path, tmp_path: Path) -> None:
+    cache = CodeCache("0" * 16)
+    with cache.scratch() as directory:
+        finished = Path(directory) / "interface.o"
+        finished.write_bytes(b"machine code")
+        kept = cache.publish_object("key", finished)
+    assert cache.find_object("key") == kept
+    assert cache.find_object("k") is None
+    kept.write_bytes(b"")
+    assert cache.find_object("key") is None
 
 
 def test_where_the_interface_is_not_found_a_region_is_whole(

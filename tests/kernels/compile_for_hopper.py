@@ -66,8 +66,8 @@ def compile_call(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwa
             signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)},{value.layout!r}>"
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        whole = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if whole and not parameter.do_not_specialize:
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(number, int) and number % 16 == 0 and not parameter.do_not_specialize:
             aligned[place,] = [["tt.divisibility", 16]]
     key = (kernel, str(signature), str(constants), str(aligned), str(options))
     if key in compiled:
@@ -223,10 +223,10 @@ def attend(
     paged_attention.paged_attention(*parts, *pools, *tables, 0.1, **options, arrivals=arrivals)
 
 
-def check_sizes(sizes: Sequence[tuple[int, int]]) -> None:
+def check_sizes(sizes: Sequence[tuple[int, int]], **options: Any) -> None:
     """Prompts beside decoding, heads of keys and values of these sizes."""
     for each in sizes:
-        attend(300, 200, 512, sizes=each, heads=4, kv_heads=2, rotary=False)
+        attend(300, 200, 512, sizes=each, **options)
 
 
 def check_attention(steps: Sequence[tuple[int, int, int]]) -> None:
@@ -290,13 +290,17 @@ def main(few: bool) -> None:
     check_greatest((50257, 128256))
     if few:
         check_attention(((1, 1, 32), (300, 200, 512), (512, 1, 32)))
-        check_sizes(((20, 16), (96, 64)))
+        check_sizes(((20, 16), (96, 64)), heads=4, kv_heads=2, rotary=False)
+        check_sizes(((36, 20),), heads=2, kv_heads=1)
         check_linears((1, 128, 256))
         check_rows((4096,))
     else:
         decoding = ((1, 1, 32), (1, 1, 2048), (8, 8, 32), (32, 32, 128), (48, 48, 512), (256, 256, 512))
         check_attention((*decoding, (300, 256, 512), (512, 32, 128), (8192, 1, 512)))
-        check_sizes(((20, 16), (36, 16), (60, 28), (64, 64), (80, 80), (96, 64), (192, 128), (256, 256)))
+        sizes = ((20, 16), (36, 16), (60, 28), (64, 64), (80, 80), (96, 64), (192, 128), (256, 256))
+        check_sizes(sizes, heads=4, kv_heads=2, rotary=False)
+        for heads, kv_heads in ((2, 1), (3, 1), (6, 3)):
+            check_sizes(((20, 20), (36, 16), (36, 20), (64, 64)), heads=heads, kv_heads=kv_heads)
         check_linears((1, 3, 16, 32, 64, 128, 256))
         check_gated((64, 128))
         check_rows((512, 4096, 5120, 8192, 14336))

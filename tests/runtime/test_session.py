@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
 from enginery.engine.protocol import EngineLimits, StepInputs
-from enginery.errors import DeviceError, QueueFullError, RequestError, UsageError
+from enginery.errors import DeviceError, QueueFullError, RequestError, StepError, UsageError
 from enginery.runtime.fake_engine import FakeEngine
 from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams
 from enginery.runtime.session import Session, SessionConfig
@@ -267,6 +269,28 @@ def test_one_bad_request_fails_alone(overlap: bool) -> None:
     assert outputs[2].outputs[0].finish_reason == "error"
     assert "finite" in (outputs[2].outputs[0].error or "")
     assert session.stats().finished == {"error": 2, "length": 2}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_that_failed_keeps_no_tensor(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory was missing, the next sequence needs it."""
+    session = make_session(overlap=overlap)
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def execute(inputs: StepInputs) -> torch.Tensor:
+        assert [reference() for reference in held] == [None] * len(held)
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        raise StepError("no room") from torch.OutOfMemoryError()
+
+    monkeypatch.setattr(session.engine, "execute", execute)
+    gc.disable()
+    try:
+        outputs = session.generate([[1], [2], [3]], SamplingParams(max_tokens=4))
+    finally:
+        gc.enable()
+    assert [output.outputs[0].error for output in outputs] == ["StepError: no room"] * 3
+    assert len(held) == 4
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -1,7 +1,7 @@
 """Where compiled regions are kept: a directory of the user's own. Compiled code is loaded from here and from nowhere
 else.
 
-    CACHE/regions/FINGERPRINT/KEY.pt2, and KEY.o for what several of them share
+    CACHE/regions/FINGERPRINT/KEY.pt2, and KEY-DIGEST.o for what several of them share
 
 FINGERPRINT stands for all that compiled code depends on beside the region itself: torch, this package, the operators,
 the device, the instruction set. Code that comes with an engine directory is taken in only if it carries this user's
@@ -23,13 +23,14 @@ from pathlib import Path
 import torch
 
 from enginery import env, ops
-from enginery.engine.digest import text_digest
+from enginery.engine.digest import file_digests, text_digest
 from enginery.errors import EngineFileError, ResourceError
 from enginery.private_files import PrivateFiles
 
 SIGNATURE = "SIGNATURE"
 _PRIVATE = PrivateFiles(foreign=EngineFileError, unusable=ResourceError)
 SUFFIX = ".pt2"
+OBJECT = ".o"
 
 _KEY_BYTES = 32
 _RECIPE = 2
@@ -62,6 +63,10 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def _object_name(key: str, path: Path) -> str:
+    return f"{key}-{file_digests([path])[path][:32]}{OBJECT}"
+
+
 class CodeCache:
     """Compiled regions of one fingerprint."""
 
@@ -70,14 +75,23 @@ class CodeCache:
         self.root = root or env.cache_dir()
         self.directory = self.root / "regions" / fingerprint
 
-    def find(self, key: str, suffix: str = SUFFIX) -> Path | None:
+    def find(self, key: str) -> Path | None:
         """The compiled region, if it is here and nobody else could have put it here."""
-        path = self.directory / f"{key}{suffix}"
+        path = self.directory / f"{key}{SUFFIX}"
         if not path.exists():
             return None
         _PRIVATE.directory(self.directory)
         _PRIVATE.require(path)
         return path
+
+    def find_object(self, key: str) -> Path | None:
+        """An object file, likewise, and if it is whole: a linker takes an empty one without a word."""
+        for path in self.directory.glob(f"{key}-*{OBJECT}"):
+            _PRIVATE.directory(self.directory)
+            _PRIVATE.require(path)
+            if path.name == _object_name(key, path):
+                return path
+        return None
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
         """A private directory for the compiler's files."""
@@ -85,10 +99,14 @@ class CodeCache:
 
     def publish(self, key: str, finished: Path) -> Path:
         """Moves a finished file from `scratch` to its place; of two processes the later one wins, with equal code."""
-        target = self.directory / f"{key}{finished.suffix}"
+        return self._publish(finished, f"{key}{SUFFIX}")
+
+    def publish_object(self, key: str, finished: Path) -> Path:
+        return self._publish(finished, _object_name(key, finished))
+
+    def _publish(self, finished: Path, name: str) -> Path:
         finished.chmod(0o600)
-        finished.replace(target)
-        return target
+        return finished.replace(self.directory / name)
 
     def sign(self, paths: Sequence[Path]) -> bytes:
         """What makes copies of these files recognisable as this user's own."""

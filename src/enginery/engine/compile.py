@@ -112,12 +112,12 @@ class Compilation:
         """Its object file, compiled once for all regions, and begun before those that wait for it."""
 
         def compiled() -> Path:
-            found = self._cache.find(unit.digest, ".o")
+            found = self._cache.find_object(unit.digest)
             if found is not None:
                 return found
             with self._cache.scratch() as directory:
                 (finished,) = compile_units([unit], Path(directory))
-                return self._cache.publish(unit.digest, finished)
+                return self._cache.publish_object(unit.digest, finished)
 
         if unit.digest not in self._shared:
             self._shared[unit.digest] = self._pool.submit(compiled)

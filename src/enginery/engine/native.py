@@ -60,8 +60,10 @@ class Unit:
 
     @property
     def digest(self) -> str:
-        """Equal where the object files are."""
-        return text_digest({"text": self.text, "command": self.command})
+        """Equal where the object files are. The compiler is known by its file."""
+        binary = Path(self.command[0]).resolve().stat()
+        compiler = (binary.st_size, binary.st_mtime_ns)
+        return text_digest({"text": self.text, "command": self.command, "compiler": compiler})
 
     def compile_in(self, directory: Path) -> tuple[Path, Sequence[str]]:
         """The object file and the command that makes it there."""

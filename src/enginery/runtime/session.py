@@ -28,7 +28,7 @@ from enginery.runtime.request import Request, Sequence, Status
 from enginery.runtime.sampler import Sampler, Sampling
 from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams, final_only
 from enginery.runtime.scheduler import Schedule, Scheduler
-from enginery.runtime.settler import Ran, Settler
+from enginery.runtime.settler import Ran, Settler, on_one_line
 from enginery.runtime.stats import SessionStats, collect
 
 _SEED_BITS = 64
@@ -311,7 +311,7 @@ class Session:
                 except DeviceError:
                     raise
                 except Exception as error:
-                    runs.append(Ran(alone, error=error))
+                    runs.append(Ran(alone, error=on_one_line(error)))
         return Flight(schedule, runs, is_foreseeable=False)
 
     def _run(self, schedule: Schedule, sampled: torch.Tensor | None) -> Run:

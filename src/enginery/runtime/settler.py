@@ -27,7 +27,12 @@ class Ran:
     plan: LogitsPlan | None = None
     samples: Samples | None = None
     prompts: list[tuple[PromptRows, TopLogprobs]] = field(default_factory=list)
-    error: Exception | None = None
+    error: str | None = None
+    """Its text: the exception would hold the tensors of the step, whose memory the next one may need."""
+
+
+def on_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class Settler:
@@ -71,9 +76,9 @@ class Settler:
                 self._scheduler.finish(sequence)
                 response.close(sequence, reason, error)
 
-    def fail(self, request: Request, error: Exception) -> None:
+    def fail(self, request: Request, error: str) -> None:
         if request in self.responses:
-            self.end(request, "error", " ".join(f"{type(error).__name__}: {error}".split()))
+            self.end(request, "error", error)
 
     def report(self, request: Request) -> RequestOutput | None:
         """What the caller sees now. A finished request is forgotten."""
@@ -114,7 +119,7 @@ class Settler:
                     touched[request] = None
             except Exception as error:
                 touched[request] = None
-                self.fail(request, error)
+                self.fail(request, on_one_line(error))
 
     def _append(self, response: Response, sequence: Sequence, token_id: int) -> None:
         """The next token, pending until now, which may end the sequence."""

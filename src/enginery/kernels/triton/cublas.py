@@ -204,12 +204,13 @@ def operands(family: Family, rows: int, device: torch.device) -> tuple[torch.Ten
 def fastest(
     choices: Sequence[Choice], run: Callable[[Choice, torch.Tensor], object], weights: Sequence[torch.Tensor]
 ) -> Choice | None:
-    """All are timed by a few launches, the best of them by some more. None if there are none; the first if the host is
-    too slow to time any."""
+    """All are timed by a few launches, the best of them by some more. None if there are none, or if the host is too
+    slow to time any."""
     delay = DELAY
 
     def milliseconds(choice: Choice, launches: int) -> float:
         nonlocal delay
+        times_late = 0
         while delay <= LONGEST_DELAY:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             run(choice, weights[0])
@@ -222,14 +223,16 @@ def fastest(
             end.synchronize()
             if not was_late:
                 return begin.elapsed_time(end)
-            delay *= 4
+            times_late += 1
+            if times_late % 2 == 0:  # once says nothing of the next time
+                delay *= 4
         return math.inf
 
     def ranked(timed: Sequence[Choice], launches: int, turns: int) -> list[Choice]:
         least = dict.fromkeys(timed, math.inf)
         for choice in [*timed] * turns:
             least[choice] = min(least[choice], milliseconds(choice, launches))
-        return sorted(least, key=least.__getitem__)
+        return sorted((each for each in least if least[each] < math.inf), key=least.__getitem__)
 
     finalists = ranked(choices, LAUNCHES, 1)[:FINALISTS]
-    return next(iter(ranked(finalists, FINAL_LAUNCHES, TURNS)), None)
+    return next(iter(ranked(finalists, FINAL_LAUNCHES, TURNS) or finalists), None)

@@ -133,8 +133,11 @@ class Call:
 
     @property
     def copied_ahead(self) -> bool:
-        """New keys and values are, by *long*: Triton must know that rows are multiples of 16 numbers apart."""
-        return self.key.stride(0) % 16 == self.value.stride(0) % 16 == 0
+        """New keys and values are, by *long*: Triton must know that rows are multiples of 16 numbers apart, and begin
+        at multiples of 16 bytes. Turned keys lie in a tensor of their own."""
+        key_stride = self.key.stride(0) if self.angles is None else self.kv_heads * self.key.shape[2]
+        numbers = (key_stride, self.value.stride(0), self.key.data_ptr(), self.value.data_ptr())
+        return not any(number % 16 for number in numbers)
 
     @cached_property
     def suits_attend_few(self) -> bool:
