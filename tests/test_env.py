@@ -17,6 +17,18 @@ def test_the_page_is_the_table() -> None:
 
 
 def test_a_knob_that_is_no_number_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENGINERY_THREADS", "many")
-    with pytest.raises(UsageError, match=r"ENGINERY_THREADS='many' is not an integer\. Unset ENGINERY_THREADS"):
-        env.read_int("ENGINERY_THREADS")
+    for text in ("many", "-3", "1025", "1" * 40):
+        monkeypatch.setenv("ENGINERY_THREADS", text)
+        with pytest.raises(UsageError, match=f"ENGINERY_THREADS='{text}' is no whole number from 0 to 1024. Unset"):
+            env.read_int("ENGINERY_THREADS", 1024)
+
+
+def test_a_knob_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINERY_CACHE", "")
+    assert env.cache_dir() == Path("~/.cache/enginery").expanduser()
+
+
+def test_the_home_of_nobody_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINERY_CACHE", "~no-such-user/x")
+    with pytest.raises(UsageError, match="ENGINERY_CACHE='~no-such-user/x' is in the home of nobody here"):
+        env.cache_dir()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from enginery import LLM, SamplingParams
-from enginery.errors import RequestError, UsageError
+import enginery.llm
+from enginery import LLM, SamplingParams, env
+from enginery.errors import CheckpointError, EngineryWarning, RequestError, UsageError
+from enginery.kernels.table import TABLE
 from enginery.llm import BUNDLED_MODEL
 from enginery.runtime.sampling_params import BeamSearchParams
 
@@ -88,6 +93,75 @@ def test_closing_a_stream_frees_its_memory(llm: LLM) -> None:
     assert llm.metrics().num_running == 0
     assert llm.metrics().num_used_blocks == 0
     assert llm.metrics().peak_used_blocks > 0
+
+
+def test_what_is_no_prompt_is_told(llm: LLM) -> None:
+    forms = "Give text, token ids, "
+    for prompt, words in (
+        (None, f"the prompt is a NoneType. {forms}"),
+        (5, f"the prompt is a int. {forms}"),
+        ([None], f"the prompt is a NoneType. {forms}"),
+        ({"prompt_token_ids": None}, f"the prompt is a NoneType. {forms}"),
+        ([5, "a"], "the prompt holds a str"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            llm.generate(prompt, GREEDY)  # type: ignore[arg-type]
+    for messages in ("hello", {"role": "user", "content": "hello"}, 5):
+        with pytest.raises(RequestError, match=r"the conversation is a .*Give a list of {'role'"):
+            llm.chat(messages, GREEDY)  # type: ignore[arg-type]
+    for params in ({"max_tokens": 3}, [None], "greedy"):
+        with pytest.raises(RequestError, match=r"params is a .*Give SamplingParams"):
+            llm.generate("a", params)  # type: ignore[arg-type]
+    for params in ({"max_tokens": 3}, BeamSearchParams(beam_width=2)):
+        with pytest.raises(RequestError, match=r"params is a .*others go to generate"):
+            llm.stream("a", params)  # type: ignore[arg-type]
+
+
+def test_arrays_and_generators_are_prompts(llm: LLM) -> None:
+    ids = [5, 17, 9]
+    wanted = llm.generate(ids, GREEDY)[0].outputs[0].token_ids
+    forms = (np.array(ids), torch.tensor(ids), list(np.array(ids)), np.array([ids]), [torch.tensor(ids)], iter([ids]))
+    for form in forms:
+        assert [output.outputs[0].token_ids for output in llm.generate(form, GREEDY)] == [wanted]  # type: ignore[arg-type]
+
+
+def test_a_cached_engine_that_was_damaged_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llm: LLM
+) -> None:
+    TABLE.load("cpu")
+    regions = env.cache_dir() / "regions"
+    monkeypatch.setenv("ENGINERY_CACHE", str(tmp_path))
+    if regions.is_dir():
+        shutil.copytree(regions, tmp_path / "regions")
+    settings = {"dtype": "float32", "kv_cache_memory": 64 << 20, "max_num_seqs": 4}
+    with LLM(**settings) as fresh:
+        wanted = fresh.chat(ask("What is 17 + 25?"), GREEDY)[0].outputs[0].text
+    (directory,) = (tmp_path / "engines").iterdir()
+    for name in ("network.txt", "engine.json"):
+        (directory / name).write_text((directory / name).read_text().replace("a", "b", 1))
+        with pytest.warns(EngineryWarning, match=r"it is built again"), LLM(**settings) as again:
+            assert again.chat(ask("What is 17 + 25?"), GREEDY)[0].outputs[0].text == wanted
+    (directory / "engine.json").unlink()
+    LLM(**settings).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json: not a tokenizer"),
+        ("chat_template.jinja", "{% if %}", "model: the chat template cannot be compiled"),
+        ("generation_config.json", '{"do_sample": true, "top_k": 50.0}', "generation_config.json: top_k=50.0"),
+    ],
+)
+def test_what_an_engine_carries_is_checked_before_it_is_built(
+    tmp_path: Path, name: str, text: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    (tmp_path / "model" / name).write_text(text)
+    monkeypatch.setattr(enginery.llm, "import_network", lambda *_: pytest.fail("it was imported"))
+    with pytest.raises(CheckpointError, match=words):
+        enginery.llm.build(tmp_path / "model", output=tmp_path / "engine")
 
 
 def test_seeded_samples_do_not_depend_on_the_batch(llm: LLM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +27,26 @@ KNOBS = (
 
 
 def read(name: str) -> str:
-    """The value of a knob of the table, or its default."""
+    """The value of a knob of the table, or its default: also where it is empty."""
     knob = next(knob for knob in KNOBS if knob.name == name)
-    return os.environ.get(name, knob.default)
+    return os.environ.get(name) or knob.default
 
 
-def read_int(name: str) -> int:
+def read_int(name: str, most: int) -> int:
+    """From 0 to `most`."""
     text = read(name)
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
+        raise UsageError(f"{name}={text!r} is no whole number from 0 to {most}", f"Unset {name} or give one")
+    return int(text)
+
+
+def read_path(name: str) -> Path:
+    path = read(name)
     try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"{name}={text!r} is not an integer", f"Unset {name} or give a number") from None
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{name}={path!r} is in the home of nobody here", "Give a directory") from None
 
 
 def cache_dir() -> Path:
-    return Path(read("ENGINERY_CACHE")).expanduser()
+    return read_path("ENGINERY_CACHE")

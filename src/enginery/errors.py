@@ -100,4 +100,4 @@ class DeviceError(StepError):
 
 
 class EngineryWarning(RuntimeWarning):
-    """The work goes on, slower than it could."""
+    """The work goes on, slower than it could, or perhaps not as it was meant."""

@@ -6,8 +6,10 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -26,14 +28,34 @@ from enginery.engine.manifest import Facts, Manifest
 from enginery.engine.memory import MemoryPlan, plan_memory
 from enginery.engine.protocol import Progress
 from enginery.engine.regions import outline
-from enginery.errors import RequestError, UnsupportedError, UsageError
+from enginery.errors import (
+    CheckpointError,
+    EngineFileError,
+    EngineryWarning,
+    RequestError,
+    UnsupportedError,
+    UsageError,
+)
+from enginery.prompts import (
+    Messages,
+    Params,
+    Prompt,
+    Read,
+    is_chat,
+    listed_conversations,
+    listed_params,
+    listed_prompts,
+    read_chat,
+    read_prompt,
+)
 from enginery.rewriting.isolation import check_tokens_apart
 from enginery.rewriting.pipeline import apply_phases
 from enginery.rewriting.pipeline import nearest_miss as explain_rule
 from enginery.runtime.outputs import RequestOutput
-from enginery.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from enginery.runtime.sampling_params import RequestOutputKind, SamplingParams
 from enginery.runtime.session import Session, SessionConfig
 from enginery.runtime.stats import SessionStats
+from enginery.runtime.streams import Stream, Streams
 
 if TYPE_CHECKING:
     from enginery.frontends.huggingface import Imported
@@ -50,10 +72,6 @@ CARRIED_FILES = (
     "generation_config.json",
 )
 """files of a checkpoint that its engine needs beside the network and the weights"""
-
-Prompt = str | Mapping[str, Any] | Sequence[int]
-Messages = Sequence[Mapping[str, Any]]
-Params = SamplingParams | BeamSearchParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +101,20 @@ def build(
     config = dataclasses.replace(config or BuildConfig(), **settings)
     checkpoint = Checkpoint.open(BUNDLED_MODEL if model is None else model)
     directory = Path(output) if output is not None else cached_engine(checkpoint, config)
-    if output is None and is_engine(directory):
-        return Engine.load(directory, config, progress=progress)
+    if output is None and (engine := _load_cached(directory, config, progress)) is not None:
+        return engine
     return _build(checkpoint, config, directory, progress)
+
+
+def _load_cached(directory: Path, config: BuildConfig, progress: Progress | None) -> Engine | None:
+    """None if it has to be built; one that was damaged has to, and makes room."""
+    try:
+        if is_engine(directory):
+            return Engine.load(directory, config, progress=progress)
+    except EngineFileError as error:
+        warnings.warn(f"{error.cause}; it is built again", EngineryWarning, stacklevel=2)
+    shutil.rmtree(directory, ignore_errors=True)
+    return None
 
 
 def open_model(
@@ -106,11 +135,19 @@ def open_model(
 
 
 def _build(checkpoint: Checkpoint, config: BuildConfig, directory: Path | None, progress: Progress | None) -> Engine:
+    _check_carried(checkpoint.directory)
     if progress is not None:
         progress("import", 0, 0)
     imported = import_network(checkpoint, config)
     carried = [path for name in CARRIED_FILES if (path := checkpoint.directory / name).is_file()]
     return build_network(imported, checkpoint.read, config, directory, carry=carried, progress=progress)
+
+
+def _check_carried(directory: Path) -> None:
+    """What would stop an engine from being opened is told before it is built."""
+    if (directory / "tokenizer.json").is_file():
+        Tokenizer.from_directory(directory)
+    _default_params(directory)
 
 
 def import_network(checkpoint: Checkpoint, config: BuildConfig) -> Imported:
@@ -206,16 +243,18 @@ def step_network(model: str | Path | None = None, **settings: Any) -> tuple[Netw
 
 def cached_engine(checkpoint: Checkpoint, config: BuildConfig) -> Path:
     """Where the cache has the engine of this content: weights, configuration, the caller's rules, our version."""
-    rules = [_source_digest(type(rule)) for rule in config.rules]
+    rules = [_rule_digest(rule) for rule in config.rules]
     key = json.dumps([version("enginery"), checkpoint.digest(), config.cache_key(), rules]).encode()
     return env.cache_dir() / "engines" / f"{checkpoint.directory.name}-{hashlib.sha256(key).hexdigest()[:16]}"
 
 
-def _source_digest(rule: type) -> str:
-    """Of the file that a rule is written in; for a rule without one (an interactive session), never twice the same."""
+def _rule_digest(rule: Any) -> str:
+    """Of the file that a rule is written in, and of its attributes. Where there is no file (an interactive session), or
+    attributes are more than plain values, never twice the same."""
     try:
-        return hashlib.sha256(Path(inspect.getfile(rule)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
+        source = Path(inspect.getfile(type(rule))).read_bytes()
+        return hashlib.sha256(source + json.dumps(vars(rule), sort_keys=True).encode()).hexdigest()
+    except (OSError, TypeError, ValueError):
         return uuid.uuid4().hex
 
 
@@ -240,7 +279,7 @@ class LLM:
         seed: of requests that have none.
         progress: called with (stage, done, total) during long work.
 
-    Not thread-safe; use one per thread, or the session's `add` and `step` from one loop.
+    Calls from several threads take turns. Requests that come and go share a batch by the session's `add` and `step`.
     """
 
     def __init__(
@@ -281,12 +320,13 @@ class LLM:
         eos = self.engine.facts.eos_token_ids
         session = SessionConfig(eos_token_ids=eos, prefix_caching=prefix_caching, seed=seed)
         self.session = Session(self.engine, self.tokenizer, session)
+        self._streams = Streams(self.session)
         self.default_params = _default_params(opened.directory)
 
     # Generating
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: Params | Sequence[Params] | None = None
+        self, prompts: Prompt | Iterable[Prompt], params: Params | Sequence[Params] | None = None
     ) -> list[RequestOutput]:
         """Completes one prompt or many, together in one batch, and returns their outputs in order.
 
@@ -297,68 +337,39 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters are invalid; no request of the call is run.
         """
-        listed: list[Any] = [prompts] if _is_single(prompts) else list(prompts)
-        return self._finish([self._read_prompt(prompt) for prompt in listed], params)
+        return self._finish([read_prompt(prompt, self.tokenizer) for prompt in listed_prompts(prompts)], params)
 
     def chat(
-        self, messages: Messages | Sequence[Messages], params: Params | Sequence[Params] | None = None, **template: Any
+        self, messages: Messages | Iterable[Messages], params: Params | Sequence[Params] | None = None, **template: Any
     ) -> list[RequestOutput]:
         """Answers one conversation, or a list of them. `template` goes to the chat template."""
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
-        return self._finish([self._read_chat(conversation, template) for conversation in conversations], params)  # type: ignore[arg-type]
+        conversations = listed_conversations(messages)
+        return self._finish([read_chat(each, self.tokenizer, template) for each in conversations], params)
 
-    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Stream:
         """Yields one output a step, with the text and tokens that are new since the last one.
 
-        A list of messages is answered as a chat. Closing the iterator cancels the request.
+        A list of messages is answered as a chat. Several streams may be open, and `generate` be called meanwhile.
+        Closing one, or letting go of it, cancels its request.
         """
-        text, ids = self._read_chat(prompt, {}) if _is_chat(prompt) else self._read_prompt(prompt)  # type: ignore[arg-type]
-        params = dataclasses.replace(params or self.default_params, output_kind=RequestOutputKind.DELTA)
-        return self._stream(self.session.add(ids, params, prompt=text))
+        wanted = self.default_params if params is None else params
+        if not isinstance(wanted, SamplingParams):
+            raise RequestError(f"params is a {type(wanted).__name__}", "Give SamplingParams; others go to generate()")
+        text, ids = read_chat(prompt, self.tokenizer, {}) if is_chat(prompt) else read_prompt(prompt, self.tokenizer)  # type: ignore[arg-type]
+        with self._streams.turn:
+            self._streams.cancel_dropped()
+            wanted = dataclasses.replace(wanted, output_kind=RequestOutputKind.DELTA)
+            return self._streams.open(self.session.add(ids, wanted, prompt=text))
 
-    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
-        finished = False
-        try:
-            while not finished:
-                for output in self.session.step():
-                    if output.request_id == request_id:
-                        finished = output.finished
-                        yield output
-        finally:
-            if not finished:
-                self.session.cancel(request_id)
-
-    def _finish(
-        self, prompts: list[tuple[str | None, list[int]]], params: Params | Sequence[Params] | None
-    ) -> list[RequestOutput]:
-        each = list(params) if isinstance(params, Sequence) else [params or self.default_params] * len(prompts)
-        if len(each) != len(prompts):
-            raise UsageError(f"{len(each)} params for {len(prompts)} prompts", "Give one for all or one for each")
-        return self.session.generate([tokens for _, tokens in prompts], each, [text for text, _ in prompts])
-
-    # Prompts
+    def _finish(self, prompts: list[Read], params: Params | Sequence[Params] | None) -> list[RequestOutput]:
+        each = listed_params(params, self.default_params, len(prompts))
+        with self._streams.turn:
+            self._streams.cancel_dropped()
+            return self.session.generate([tokens for _, tokens in prompts], each, [text for text, _ in prompts])
 
     @property
     def has_chat_template(self) -> bool:
         return self.tokenizer is not None and self.tokenizer.has_chat_template
-
-    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            prompt = prompt.get("prompt", "")
-        if isinstance(prompt, str):
-            return prompt, self._tokenizer().encode(prompt)
-        return None, list(prompt)  # type: ignore[arg-type]
-
-    def _read_chat(self, messages: Messages, template: Mapping[str, Any]) -> tuple[str | None, list[int]]:
-        tokenizer = self._tokenizer()
-        return tokenizer.render_chat(messages, **template), tokenizer.apply_chat_template(messages, **template)
-
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise RequestError("the model has no tokenizer", "Give token ids: {'prompt_token_ids': [...]}")
-        return self.tokenizer
 
     # Life
 
@@ -379,14 +390,6 @@ class LLM:
         self.close()
 
 
-def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, (str, Mapping)) or (bool(prompts) and isinstance(prompts[0], int))
-
-
-def _is_chat(prompt: Prompt | Messages) -> bool:
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
-
-
 def _default_params(directory: Path) -> SamplingParams:
     """What the model's authors recommend in generation_config.json; greedy where they do not sample."""
     path = directory / "generation_config.json"
@@ -394,4 +397,8 @@ def _default_params(directory: Path) -> SamplingParams:
     if not config.get("do_sample", False):
         return SamplingParams(temperature=0.0, max_tokens=None)
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return SamplingParams(max_tokens=None, **{name: config[name] for name in names if config.get(name) is not None})
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    try:
+        return SamplingParams(max_tokens=None, **values)
+    except RequestError as error:
+        raise CheckpointError(f"{path}: {error.cause}", f"{error.fix}, or remove the file") from None

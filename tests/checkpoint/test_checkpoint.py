@@ -37,6 +37,17 @@ def test_open_and_read(tmp_path: Path) -> None:
         checkpoint.read("c")
 
 
+def test_the_digest_looks_at_files_alone(tmp_path: Path) -> None:
+    directory = write_model(tmp_path)
+    before = Checkpoint.open(directory).digest()
+    (directory / "folder.json").mkdir()
+    (directory / "dangling.json").symlink_to("nowhere")
+    os.mkfifo(directory / "pipe.json")
+    assert Checkpoint.open(directory).digest() == before
+    (directory / "other.json").write_text("{}")
+    assert Checkpoint.open(directory).digest() != before
+
+
 def test_shards(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(shards(tmp_path)))
     assert checkpoint.read("a").tolist() == [1, 1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from enginery.checkpoint.checkpoint import Checkpoint
 from enginery.cli.user_rules import load_rule
 from enginery.engine.config import BuildConfig
 from enginery.llm import BUNDLED_MODEL, cached_engine
+from enginery.rewriting import PatternRewriter
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
@@ -73,6 +76,9 @@ def test_help_imports_no_torch() -> None:
     ("arguments", "code", "words"),
     [
         (("run", "/no/such/model", "hi"), 3, "/no/such/model does not exist. Give a model directory"),
+        (("run", "", "hi"), 3, "the name of the model is empty"),
+        (("run", "~no-such-user/x", "hi"), 3, "~no-such-user/x does not exist"),
+        (("run", "a long prompt " * 500, "model"), 3, "... does not exist. Give a model directory"),
         (("run", "--dtype", "int3", "hi"), 2, "dtype is 'int3'. Set --dtype to one of"),
         (("run", "--quantization", "int3", "hi"), 2, "quantization is 'int3'. Set --quantization to one of fp8"),
         (("run", "--backend", "magic", "hi"), 2, "backend is 'magic'. Set --backend to one of"),
@@ -98,6 +104,49 @@ def test_a_mistake_is_one_line_with_its_exit_code(arguments: tuple[str, ...], co
     assert done.stdout == ""
 
 
+def test_a_request_that_fails_is_an_error(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "nan"
+    shutil.copytree(BUNDLED_MODEL, checkpoint)
+    weights = checkpoint / "model.safetensors"
+    weights.chmod(0o600)
+    with weights.open("r+b") as file:
+        file.seek(-20_000, os.SEEK_END)
+        file.write(b"\xff" * 20_000)
+    for arguments, place in (((), "stderr"), (("--json",), "stdout")):
+        done = enginery("run", "--backend", "eager", *arguments, str(checkpoint), "hi")
+        assert done.returncode == 5
+        assert "the request failed: ArithmeticError: the model gave no finite logits" in getattr(done, place)
+
+
+@pytest.mark.parametrize("command", ["inspect", "run --backend eager hi"])
+def test_output_that_nobody_can_take_is_one_line(command: str) -> None:
+    def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        line = line.format(f"{sys.executable} -m enginery {command}")
+        return subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=280
+        )
+
+    assert shell("{} > /dev/full").stderr == "error: the output: No space left on device\n"
+    assert shell("{} > /dev/full").returncode == 4
+    assert shell("{} >&-").stderr == ""
+    assert shell("{} | true; exit ${{PIPESTATUS[0]}}").returncode == 0
+    ascii_only = shell("{}", PYTHONIOENCODING="ascii")
+    assert (ascii_only.returncode, ascii_only.stderr) == (0, "")
+
+
+def test_a_build_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
+    environment = ENVIRONMENT | {"ENGINERY_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "enginery", "build", "-o", str(tmp_path / "engine")]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        while not list(tmp_path.glob(".engine.building-*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=120) == 143
+    assert not list(tmp_path.glob(".engine.building-*"))
+    assert not (tmp_path / "engine").exists()
+
+
 def test_errors_are_json_for_machines() -> None:
     done = enginery("inspect", "--json", "/no/such/model")
     assert done.returncode == 3
@@ -120,6 +169,18 @@ def test_a_rule_of_the_users_own_runs_on_the_real_path(tmp_path: Path) -> None:
     assert "user rules: SiluByHand tried 8, matched 8, applied 8" in done.stdout
     answered = enginery("run", "--backend", "eager", "--rule", f"{file}:SiluByHand", "What is 17 + 25?")
     assert answered.stdout == "42\n"
+
+
+class Scaled(PatternRewriter):
+    def __init__(self, factor: object) -> None:
+        self.factor = factor
+
+
+def test_rules_of_other_attributes_are_other_engines() -> None:
+    checkpoint = Checkpoint.open(BUNDLED_MODEL)
+    places = [cached_engine(checkpoint, BuildConfig(rules=(Scaled(factor),))) for factor in (1, 1, 2, len, len)]
+    assert places[0] == places[1]
+    assert len(set(places)) == 4
 
 
 def test_a_changed_rule_is_another_engine(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.system.tiny_models import CONFIGS, LLAMA, load, make_checkpoint
 
 from enginery import ops
 from enginery.checkpoint import Checkpoint
-from enginery.errors import CheckpointError, EngineryError, UnsupportedError
+from enginery.errors import CheckpointError, EngineryError, EngineryWarning, UnsupportedError
 from enginery.frontends.huggingface import Imported, import_checkpoint
 from enginery.rewriting.pipeline import run_phases
 
@@ -256,3 +256,22 @@ def test_convolutions_along_the_sequence(tmp_path: Path) -> None:
 
 def test_every_architecture_of_the_system_test_has_a_name() -> None:
     assert len(CONFIGS) >= 30
+
+
+def test_tensors_without_a_place_are_told(tmp_path: Path) -> None:
+    directory = edit_config(make_checkpoint("llama", tmp_path), num_hidden_layers=1)
+    with pytest.warns(EngineryWarning, match=r"no place for 9 tensors, such as model\.layers\.1\."):
+        import_checkpoint(Checkpoint.open(directory))
+
+
+def test_buffers_that_older_versions_stored_are_not(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    directory = make_checkpoint("llama", tmp_path)
+    edit_weights(directory, lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    import_checkpoint(Checkpoint.open(directory))
+    assert not [warning for warning in recwarn if warning.category is EngineryWarning]
+
+
+def test_more_layers_than_tensors_are_refused_before_any_is_made(tmp_path: Path) -> None:
+    directory = edit_config(make_checkpoint("llama", tmp_path), num_hidden_layers=4000)
+    with pytest.raises(CheckpointError, match=r"config.json names 4000 layers, but there are [0-9]+ tensors in all"):
+        import_checkpoint(Checkpoint.open(directory))

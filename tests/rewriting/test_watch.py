@@ -121,7 +121,7 @@ def test_levels_of_debug_add_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.parametrize("value", ["6", "-1"])
 def test_a_level_that_there_is_not(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINERY_DEBUG", value)
-    with pytest.raises(UsageError, match=f"ENGINERY_DEBUG={value} is no level. Give 0 to 5"):
+    with pytest.raises(UsageError, match=f"ENGINERY_DEBUG='{value}' is no whole number from 0 to 5"):
         run_phases(decoder())
 
 

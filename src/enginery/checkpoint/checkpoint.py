@@ -23,6 +23,10 @@ MAX_INDEX_BYTES = 32 << 20
 HASHED_WHOLE = 64 << 20
 """files up to this size enter the digest with all their bytes; larger ones with header, size and times"""
 
+A_MODEL = "Give a model directory or a Hugging Face hub id"
+MAX_NAME = 200
+"""characters of a name that an error repeats"""
+
 _SHARD = re.compile(r"[\w.+-]+\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -84,7 +88,8 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         weights = {info.file for info in self.tensors.values()}
-        sidecars = (path for path in self.directory.iterdir() if path.suffix in (".json", ".jinja", ".model"))
+        endings = (".json", ".jinja", ".model")
+        sidecars = (path for path in self.directory.iterdir() if path.suffix in endings and path.is_file())
         for path in sorted({*weights, *sidecars}):
             facts = path.stat()
             digest.update(f"{path.name}\0{facts.st_size}\0".encode())
@@ -99,20 +104,30 @@ class Checkpoint:
 
 
 def _locate(source: str | os.PathLike[str]) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
+    if not str(source):
+        raise CheckpointError("the name of the model is empty", A_MODEL)
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        is_there = path.exists()
+    except (OSError, RuntimeError):  # a name that no file can have, the home of nobody
+        raise _missing(source) from None
     if path.suffix == ".gguf":
         raise UnsupportedError(
             f"{path}: GGUF files cannot be read yet", "Give the Hugging Face checkpoint that it was made from"
         )
-    if path.exists():
+    if is_there:
         raise CheckpointError(f"{path} is a file", "Give the directory that holds config.json and *.safetensors")
     if isinstance(source, str) and looks_like_hub_id(source):
         return snapshot(source)
-    raise CheckpointError(
-        f"{source} does not exist", "Give a model directory or a Hugging Face hub id such as org/name"
-    )
+    raise _missing(source)
+
+
+def _missing(source: str | os.PathLike[str]) -> CheckpointError:
+    name = str(source)
+    short = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
+    return CheckpointError(f"{short} does not exist", f"{A_MODEL} such as org/name")
 
 
 def _no_config(directory: Path) -> CheckpointError | UnsupportedError:

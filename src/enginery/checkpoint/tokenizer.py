@@ -61,7 +61,11 @@ class Tokenizer:
         settings = _optional_json(directory / "special_tokens_map.json") | _optional_json(
             directory / "tokenizer_config.json"
         )
-        return cls(backend, settings, _chat_template(directory, settings))
+        template = _chat_template(directory, settings)
+        try:
+            return cls(backend, settings, template)
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory}: {error.cause}", error.fix) from None
 
     @property
     def vocab_size(self) -> int:

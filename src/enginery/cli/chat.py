@@ -9,7 +9,7 @@ import typer
 
 from enginery.cli.options import Model, RunOptions, takes
 from enginery.cli.progress import Progress
-from enginery.errors import RequestError, UsageError
+from enginery.errors import RequestError, StepError, UsageError
 
 
 @takes(RunOptions)
@@ -42,13 +42,13 @@ def chat(
                 messages.append({"role": "user", "content": line})
                 try:
                     messages.append({"role": "assistant", "content": answer(llm, messages, params)})
-                except RequestError as error:
+                except (RequestError, StepError) as error:
                     print(f"error: {error} (/reset starts over)", file=sys.stderr)
                     messages.pop()
 
 
 def answer(llm, messages: list[dict[str, str]], params) -> str:
-    text = ""
+    text, output = "", None
     stream = llm.stream(messages, params)
     try:
         for output in stream:
@@ -58,6 +58,8 @@ def answer(llm, messages: list[dict[str, str]], params) -> str:
     except KeyboardInterrupt:
         stream.close()
     sys.stdout.write("\n")
+    if output is not None and output.outputs[0].error is not None:
+        raise StepError(f"the request failed: {output.outputs[0].error}")
     return text
 
 

@@ -44,6 +44,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.console import Console
     from rich.table import Table
 
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            """Left to `main`."""
+            raise BrokenPipeError
+
     cells = [[f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row] for row in rows]
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
@@ -51,4 +56,4 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         table.add_row(*row)
-    Console().print(table)
+    Output().print(table)

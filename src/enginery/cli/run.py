@@ -10,7 +10,7 @@ import typer
 from enginery.cli.options import Json, RunOptions, takes
 from enginery.cli.output import print_json
 from enginery.cli.progress import Progress
-from enginery.errors import UsageError
+from enginery.errors import StepError, UsageError
 
 Words = Annotated[
     list[str], typer.Argument(metavar="[MODEL] PROMPT", help="The prompt, behind a model if not the bundled one.")
@@ -48,10 +48,12 @@ def run(
             if not as_json:
                 sys.stdout.write(delta.text)
                 sys.stdout.flush()
+        if not as_json:
+            sys.stdout.write("\n")
+        if output is not None and (error := output.outputs[0].error) is not None:
+            raise StepError(f"the request failed: {error}")
         if as_json:
             print_json(summary(text, token_ids, output))
-        else:
-            sys.stdout.write("\n")
 
 
 def user_message(prompt: str) -> list[dict[str, str]]:

@@ -41,7 +41,10 @@ _SPARE_BYTES = 16 << 20
 
 def is_engine(path: Path) -> bool:
     """There is an engine in this directory, sound or not."""
-    return (Path(path) / NAME).is_file()
+    try:
+        return (Path(path) / NAME).is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 class ArtifactWriter:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from enginery.errors import EngineFileError, ResourceError
 
+ELSEWHERE = "Choose another --output (ENGINERY_CACHE for the cache)"
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -62,7 +64,7 @@ def errors_told(target: Path, need: int) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise _no_space(target.parent, need) from None
-        raise EngineFileError(f"cannot write {target}: {error.strerror or error}", "Choose another --output") from None
+        raise EngineFileError(f"cannot write {target}: {error.strerror or error}", ELSEWHERE) from None
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -92,7 +94,7 @@ def _no_space(directory: Path, need: int) -> ResourceError:
     free = shutil.disk_usage(existing).free
     return ResourceError(
         f"No space left on device: need {need / 2**30:.2f} GiB, have {free / 2**30:.2f} GiB in {existing}",
-        "Free some or choose another --output (ENGINERY_CACHE for the cache)",
+        f"Free some. {ELSEWHERE}",
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from enginery.checkpoint import Checkpoint
-from enginery.errors import CheckpointError, EngineryError, NetworkError, UnsupportedError
+from enginery.errors import CheckpointError, EngineryError, EngineryWarning, NetworkError, UnsupportedError
 from enginery.frontends import capture
 from enginery.frontends.buffers import compute_buffers, settle_rotary
 from enginery.frontends.weights import WeightPlan, check_shape, plan_weights, record_conversion
@@ -34,6 +35,8 @@ from enginery.network import Network, Tensor
 EXAMPLE_TOKENS = 7
 """length of the sequence that is traced; the number of tokens stays symbolic"""
 MAX_TOKENS = 1 << 24
+STALE_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"\.attn\.bias$", r"\.attention\.bias$")
+"""what older versions of transformers stored beside the weights, and computes today"""
 UNBOUNDED_POSITIONS = 1 << 20
 """for models that name no longest sequence (ALiBi)"""
 
@@ -77,8 +80,10 @@ def import_checkpoint(
     """
     config = _config(checkpoint)
     dtype = dtype or _dtype(checkpoint, config)
+    _require_enough_tensors(config, checkpoint)
     model = _build(config, dtype)
     plan = plan_weights(model, checkpoint)
+    _warn_of_unused(model, plan, checkpoint)
     tied = _settle_ties(model, plan, checkpoint)
     rotary = settle_rotary(model, max_length or _longest(model.config.get_text_config()))
     program, shapes = _export(model)
@@ -108,6 +113,28 @@ def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
         return transformers.CONFIG_MAPPING[kind].from_dict(values)
     except Exception as error:  # transformers validates with errors of many classes
         raise CheckpointError(f"{checkpoint.directory / 'config.json'}: {_line(error)}") from None
+
+
+def _require_enough_tensors(config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """Before thousands of layers are built that nobody has weights for."""
+    layers, found = config.get_text_config().num_hidden_layers, len(checkpoint.tensors)
+    if layers > found:
+        raise CheckpointError(
+            f"{checkpoint.directory}: config.json names {layers} layers, but there are {found} tensors in all",
+            "Is config.json of another model, or a shard missing?",
+        )
+
+
+def _warn_of_unused(model: PreTrainedModel, plan: WeightPlan, checkpoint: Checkpoint) -> None:
+    expected = [*(model._keys_to_ignore_on_load_unexpected or ()), *STALE_BUFFERS]
+    unused = [name for name in plan.unused if not any(re.search(pattern, name) for pattern in expected)]
+    if unused:
+        warnings.warn(
+            f"{checkpoint.directory}: the model that config.json names has no place for {len(unused)} tensors, such as "
+            f"{unused[0]}",
+            EngineryWarning,
+            stacklevel=3,
+        )
 
 
 def _dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:

@@ -15,6 +15,7 @@ from enginery.network import Network
 from enginery.rewriting.report import Report
 
 IMPORTED = "imported"
+MOST_DETAIL = 5
 VALUES = "values.safetensors"
 
 
@@ -31,10 +32,8 @@ class Watch:
     @classmethod
     def from_environment(cls) -> Watch:
         """Raises UsageError for a level that is no number from 0 to 5."""
-        level, directory = env.read_int("ENGINERY_DEBUG"), env.read("ENGINERY_DUMP")
-        if not 0 <= level <= 5:
-            raise UsageError(f"ENGINERY_DEBUG={level} is no level", "Give 0 to 5, see docs/environment.md")
-        return cls(level, Path(directory).expanduser() if directory else None)
+        level = env.read_int("ENGINERY_DEBUG", MOST_DETAIL)
+        return cls(level, env.read_path("ENGINERY_DUMP") if env.read("ENGINERY_DUMP") else None)
 
     def show(self, network: Network, name: str = IMPORTED, report: Report | None = None) -> None:
         """Raises UsageError where nothing can be written to the directory of ENGINERY_DUMP."""

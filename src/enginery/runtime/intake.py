@@ -19,6 +19,7 @@ from enginery.runtime.sampling_params import BeamSearchParams, SamplingParams
 MAX_SALT_LENGTH = 256
 MAX_REQUEST_ID_LENGTH = 128
 MAX_PRIORITY = 2**31
+MORE = "or raise --max-model-len if the model takes more"
 
 
 class Intake:
@@ -80,7 +81,7 @@ class Intake:
         if len(prompt_token_ids) >= longest:
             raise RequestError(
                 f"the maximum context length is {longest} tokens, but the prompt has {len(prompt_token_ids)}",
-                f"Shorten it to at most {longest - 1}, or raise --max-model-len",
+                f"Shorten it to at most {longest - 1}, {MORE}",
             )
         if set(map(type, prompt_token_ids)) != {int}:
             wrong = next(item for item in prompt_token_ids if type(item) is not int)
@@ -96,7 +97,7 @@ class Intake:
             raise RequestError(
                 f"the maximum context length is {longest} tokens, but prompt and max_tokens make "
                 f"{num_prompt_tokens} + {max_tokens} = {total}",
-                f"Set max_tokens to at most {longest - num_prompt_tokens}, or raise --max-model-len",
+                f"Set max_tokens to at most {longest - num_prompt_tokens}, {MORE}",
             )
         if total > fitting:
             raise RequestError(

@@ -54,6 +54,8 @@ class SessionConfig:
             raise UsageError(f"max_waiting={self.max_waiting} admits no request", "Give at least 1, or None")
         if self.max_prompt_logits < 1:
             raise UsageError(f"max_prompt_logits={self.max_prompt_logits} is too small", "Give at least 1")
+        if self.seed is not None and type(self.seed) is not int:
+            raise UsageError(f"seed is {self.seed!r}, not a whole number", "Give an integer, or None")
 
 
 @dataclass(slots=True)
@@ -119,6 +121,7 @@ class Session:
         self._overlaps = engine.is_asynchronous if self.config.overlap is None else self.config.overlap
         self._flight: Flight | None = None
         self._pending: list[RequestOutput] = []
+        self._is_closed = False
 
     # ---- requests
 
@@ -146,6 +149,8 @@ class Session:
         """
         number = self._stats.num_requests
         request_id = f"request-{number}" if request_id is None else request_id
+        if self._is_closed:
+            raise UsageError("the model is closed", "Open it again")
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use", "Give each running request an id of its own")
         if self.is_full:
@@ -195,8 +200,8 @@ class Session:
         """Serves token-id prompts to the end and returns their final outputs, in order, whatever their output_kind.
 
         Parameters are shared or one per prompt; `texts`: of the prompts, repeated in the outputs. Where not all can run
-        at once, those that may become longest start first. Outputs of requests added elsewhere are lost meanwhile. If
-        anything raises, the prompts of this call are cancelled.
+        at once, those that may become longest start first. Outputs of requests added elsewhere come with the next step.
+        If anything raises, the prompts of this call are cancelled.
         """
         prompts = list(prompts)
         if isinstance(params, (SamplingParams, BeamSearchParams)):
@@ -206,6 +211,7 @@ class Session:
         texts = [None] * len(prompts) if texts is None else texts
         waiting = deque(zip(prompts, each, texts, self._longest_first(prompts, each), strict=True))
         final: dict[str, RequestOutput | None] = {}
+        others: list[RequestOutput] = []
         num_final = 0
         try:
             while waiting or num_final < len(final):
@@ -213,10 +219,13 @@ class Session:
                     tokens, wanted, text, priority = waiting.popleft()
                     final[self.add(tokens, wanted, prompt=text, priority=priority)] = None
                 for output in self.step():
-                    if output.finished and output.request_id in final:
+                    if output.request_id not in final:
+                        others.append(output)
+                    elif output.finished:
                         final[output.request_id] = output
                         num_final += 1
         finally:
+            self._pending += others
             for request_id in final:
                 self.cancel(request_id)
         return [output for output in final.values() if output is not None]
@@ -277,6 +286,7 @@ class Session:
         """Cancels everything and closes the engine."""
         for request_id in list(self._requests):
             self.cancel(request_id)
+        self._is_closed = True
         self.engine.close()
 
     def _schedule(self) -> Schedule:
