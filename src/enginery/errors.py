@@ -101,3 +101,14 @@ class DeviceError(StepError):
 
 class EngineryWarning(RuntimeWarning):
     """The work goes on, slower than it could, or perhaps not as it was meant."""
+
+
+RULE_ERRORS = (Exception, SystemExit)
+"""what a rule of a user is caught with: one that calls sys.exit() must not end the command without a word"""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error of a user's code says, for the text of ours: `ValueError: no such head`."""
+    text = error.cause if isinstance(error, EngineryError) else str(error)
+    line = next(iter(text.strip().splitlines()), "")
+    return line if isinstance(error, EngineryError) else f"{type(error).__name__}: {line}".removesuffix(": ")

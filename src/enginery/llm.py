@@ -48,6 +48,7 @@ from enginery.prompts import (
     read_chat,
     read_prompt,
 )
+from enginery.rewriting.attributes import check_is_rule
 from enginery.rewriting.isolation import check_tokens_apart
 from enginery.rewriting.pipeline import apply_phases
 from enginery.rewriting.pipeline import nearest_miss as explain_rule
@@ -152,7 +153,9 @@ def _check_carried(directory: Path) -> None:
 
 def import_network(checkpoint: Checkpoint, config: BuildConfig) -> Imported:
     """The network of a checkpoint as it is before any rule, and the facts of its model."""
-    config.resolved_device()  # a device that is not there is told before the seconds of an import
+    config.resolved_device()  # what cannot be is told before the seconds of an import
+    for rule in config.rules:
+        check_is_rule(rule)
     from enginery.frontends.huggingface import import_checkpoint  # here: transformers takes seconds to import
 
     return import_checkpoint(checkpoint, dtype=config.torch_dtype)
@@ -310,8 +313,8 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory=kv_cache_memory,
             backend=backend,
-            disabled_rules=tuple(disabled_rules),
-            rules=tuple(rules),
+            disabled_rules=disabled_rules,  # type: ignore[arg-type]  # it makes tuples, or says what is wrong
+            rules=rules,  # type: ignore[arg-type]
         )
         opened = open_model(model, config, trust_engine_code=trust_engine_code, progress=progress)
         self.engine = opened.engine

@@ -153,17 +153,10 @@ def test_errors_are_json_for_machines() -> None:
     assert json.loads(done.stdout)["error"]["type"] == "CheckpointError"
 
 
-def test_a_rule_of_the_users_own_runs_on_the_real_path(tmp_path: Path) -> None:
+def test_the_rule_of_the_readme_runs_on_the_real_path(tmp_path: Path) -> None:
     file = tmp_path / "my_rules.py"
-    file.write_text(
-        "import torch\n"
-        "from enginery.rewriting import Const, PatternRewriter, Var\n\n\n"
-        "class SiluByHand(PatternRewriter):\n"
-        '    """silu(x) -> x * sigmoid(x)"""\n\n'
-        '    pattern = torch.nn.functional.silu(Var("x"))\n\n'
-        "    def rewrite(self, x):\n"
-        "        return x * torch.sigmoid(x)\n"
-    )
+    _, _, text = (Path(__file__).parents[2] / "README.md").read_text().partition("A rule of your own")
+    file.write_text(text.split("```python\n")[1].split("```")[0])
     done = enginery("explain", "SiluByHand", "--rule", f"{file}:SiluByHand")
     assert done.returncode == 0, done.stderr
     assert "user rules: SiluByHand tried 8, matched 8, applied 8" in done.stdout

@@ -164,6 +164,7 @@ def test_the_page_is_one_file_that_replaces_the_old_one(phi: str, explain, tmp_p
         (["--against", "--max-model-len lots"], "--max-model-len 'lots' is not a count"),
         (["--against", "--frobnicate"], "No such option: --frobnicate"),
         (["--against", "--dtype 'float32"], '--against "--dtype \'float32": No closing quotation'),
+        (["--against", "--help"], "No such option: --help"),
         (["A", "B"], "3 arguments given. enginery explain [MODEL] [RULE]"),
     ],
 )
@@ -173,6 +174,78 @@ def test_mistakes_are_one_line(phi: str, explain, words: list[str], line: str) -
     assert done.err.startswith(f"error: {line}")
     assert len(done.err.splitlines()) == 1
     assert done.out == ""
+
+
+RULES = """
+import sys
+import torch
+from enginery.rewriting import PatternRewriter, Var
+
+
+class Silu(PatternRewriter):
+    pattern = torch.nn.functional.silu(Var("x"))
+
+
+class Unready(Silu):
+    def __init__(self):
+        raise RuntimeError("boom\\nsecond line")
+
+
+class Asks(Silu):
+    def __init__(self, heads):
+        pass
+
+
+class Leaves(Silu):
+    def __init__(self):
+        sys.exit(7)
+
+
+class Plain:
+    pass
+
+
+class Five(PatternRewriter):
+    pattern = 5
+
+
+class LeavesLater(Silu):
+    def rewrite(self, x):
+        sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "line"),
+    [
+        ("Unready", 2, "--rule {}:Unready: Unready() raised RuntimeError: boom. A rule is made without arguments"),
+        ("Asks", 2, "--rule {}:Asks: Asks() raised TypeError: Asks.__init__() missing 1 required "),
+        ("Leaves", 2, "--rule {}:Leaves: Leaves() raised SystemExit: 7. A rule is made without arguments"),
+        ("Plain", 2, "--rule {}:Plain is no rule. Derive it from enginery.rewriting.PatternRewriter"),
+        ("Five", 5, "rule Five: its pattern is no pattern ("),
+        ("LeavesLater", 5, "rule LeavesLater raised SystemExit: 7 (at layer model.layers.0."),
+    ],
+)
+def test_a_mistake_in_a_rule_is_one_line(phi: str, explain, tmp_path: Path, name: str, code: int, line: str) -> None:
+    file = tmp_path / "mistakes.py"
+    file.write_text(RULES)
+    done = explain(phi, "--rule", f"{file}:{name}")
+    assert done.err.startswith(f"error: {line.format(file)}")
+    assert len(done.err.splitlines()) == 1
+    assert done.code == code
+
+
+def test_a_file_of_rules_that_leaves_says_so(phi: str, explain, tmp_path: Path) -> None:
+    file = tmp_path / "leaves.py"
+    file.write_text("import sys\nsys.exit(4)\n")
+    done = explain(phi, "--rule", f"{file}:Any")
+    assert done == (2, "", f"error: --rule {file} does not load (SystemExit: 4). Try `python {file}`\n")
+
+
+def test_a_network_is_no_json(phi: str, explain) -> None:
+    done = explain(phi, "--text", "--json")
+    assert done.code == 2
+    assert json.loads(done.out)["error"]["message"] == "--text prints a network, --json the report. Give one of them"
 
 
 def test_an_engine_has_been_rewritten_already(explain, tmp_path: Path) -> None:

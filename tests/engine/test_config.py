@@ -28,6 +28,8 @@ from enginery.errors import UsageError
         ({"max_num_batched_tokens": 2.5}, "--max-num-batched-tokens"),
         ({"kv_cache_memory": -1}, "--kv-cache-memory"),
         ({"disabled_rules": "MergeParallelLinears"}, "tuple"),
+        ({"disabled_rules": ("DeadCode", 5)}, "disabled_rules has 5. Give the names"),
+        ({"rules": None}, "Give a tuple of rules"),
     ],
 )
 def test_what_no_engine_can_have(settings: dict[str, Any], flag: str) -> None:

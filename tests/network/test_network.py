@@ -55,6 +55,13 @@ def test_random_networks_are_sound_and_all_forms_compute_the_same(network: Netwo
         assert tensor.dtype == value.dtype
 
 
+def test_a_tensor_is_neither_true_nor_false() -> None:
+    y = small().outputs[0]
+    with pytest.raises(NetworkError, match=r"neither true nor false: it has no value yet\. Choose by torch\.where"):
+        bool(y)
+    assert y in [y]
+
+
 def _wrong_shape(network: Network) -> None:
     network.layer("relu").output.shape = (N, 9)
 

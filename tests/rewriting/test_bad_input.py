@@ -6,6 +6,7 @@ Mistakes in the text of a network are in tests/network/test_text.py.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,18 @@ from torch.nn import functional as F
 
 from enginery.errors import RewriteError, RewriteLimitError
 from enginery.network import Network
-from enginery.rewriting import Call, Const, PatternRewriter, RewritePatternManager, Scalar, Var, holds
+from enginery.rewriting import (
+    AnalysisPatternManager,
+    Call,
+    Const,
+    PatternAnalyzer,
+    PatternRewriter,
+    RewritePatternManager,
+    Scalar,
+    Var,
+    explain,
+    holds,
+)
 from rewriting.building import network_of
 
 aten = torch.ops.aten
@@ -78,6 +90,37 @@ class RaisesInMatch(PatternRewriter):
 
     def rewrite(self, layer):
         return None
+
+
+class RaisesManyLines(Silu):
+    def rewrite(self, x):
+        raise ValueError("boom\nsecond line")  # here
+
+
+class Leaves(Silu):
+    def rewrite(self, x):
+        sys.exit(3)  # here
+
+
+class LeavesInCheck(Silu):
+    def check(self, x):
+        sys.exit(3)  # here
+
+    def rewrite(self, x):
+        return x
+
+
+class DependsOnData(Silu):
+    def rewrite(self, x):
+        return torch.relu(x) if (x > 0) else x  # here
+
+
+class DependsOnDataInCheck(Silu):
+    def check(self, x):
+        return x > 0
+
+    def rewrite(self, x):  # here
+        return x
 
 
 class WrongShape(Silu):
@@ -165,7 +208,8 @@ class FarSilu(Silu):
 
 
 BROKEN = (
-    Raises, RaisesInside, RaisesInCheck, RaisesInPredicate, RaisesInConstraint, RaisesInMatch, WrongShape, WrongRank,
+    Raises, RaisesInside, RaisesInCheck, RaisesInPredicate, RaisesInConstraint, RaisesInMatch, RaisesManyLines,
+    Leaves, LeavesInCheck, DependsOnData, DependsOnDataInCheck, WrongShape, WrongRank,
     WrongDtype, NoTensor, TooMany, UnknownArgumentOfReplace, UnknownArgumentOfCall, ArgumentsThatDoNotFit, Replaces,
     Erases, SetsArgument, SetsOutput, Renames, RemovesConstant, Prunes, FarSilu,
 )  # fmt: skip
@@ -194,6 +238,44 @@ def test_a_rule_that_breaks_its_contract(rule, blocks):
     assert str(subject) == before
     assert set(subject._layers) == names
     subject.verify()
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (RaisesManyLines, "raised ValueError: boom (at layer layers.0.silu; "),
+        (Leaves, "raised SystemExit: 3 (at layer layers.0.silu; "),
+        (DependsOnData, "raised a tensor of a network is neither true nor false: it has no value yet (at layer "),
+    ],
+)
+def test_what_a_rule_raised_is_said_in_one_line(rule, said):
+    with pytest.raises(RewriteError) as caught:
+        RewritePatternManager(rule()).rewrite(network())
+    assert str(caught.value).startswith(f"rule {rule.__name__} {said}")
+
+
+def test_the_fix_of_an_error_stays_with_it():
+    with pytest.raises(RewriteError, match=r"Choose by torch\.where, or test its shape"):
+        RewritePatternManager(DependsOnData()).rewrite(network())
+
+
+def test_an_explanation_names_an_exit_and_stays_one_line():
+    for rule, said in ((Leaves, "it raises SystemExit: 3"), (RaisesManyLines, "it raises ValueError: boom")):
+        assert explain(network(), rule()).reason == said
+
+
+class Collects(PatternAnalyzer):
+    pattern = F.silu(Var("x"))
+
+    def analyze(self, x):
+        sys.exit("two\nlines")
+
+
+def test_an_analyzer_that_leaves():
+    manager = AnalysisPatternManager()
+    manager.add("Collects", Collects())
+    with pytest.raises(RewriteError, match=r"analyzer Collects raised SystemExit: two \(at layer layers\.0\.silu\)"):
+        manager.analyze(network())
 
 
 def test_what_earlier_rules_did_stays():

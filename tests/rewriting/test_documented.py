@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from enginery import rewriting
+
 HERE = Path(__file__).parent
 TEXT = (HERE.parents[1] / "docs" / "rewriting.md").read_text()
+WAY_IN = (HERE.parents[1] / "docs" / "add_a_rule.md").read_text()
 SECTIONS = {
     "Questions about matching": (10, "test_probes.py"),
     "The features": (22, "test_features.py"),
@@ -31,6 +34,15 @@ def rows(title: str) -> dict[int, list[str]]:
     """The tests of each numbered row."""
     lines = re.findall(r"^\| (\d+) \|(.*)$", section(title), flags=re.M)
     return {int(number): re.findall(r"`(test_\w+)`", line) for number, line in lines}
+
+
+def test_the_way_in_imports_what_it_uses() -> None:
+    imported: set[str] = set()
+    for block in re.findall(r"```python\n(.*?)```", WAY_IN, flags=re.S):
+        for names in re.findall(r"^(?:>>> )?from enginery\.rewriting import (.*)$", block, flags=re.M):
+            imported.update(names.split(", "))
+        used = set(rewriting.__all__).intersection(re.findall(r"\w+", block))
+        assert used <= imported
 
 
 @pytest.mark.parametrize("title", SECTIONS)

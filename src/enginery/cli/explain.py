@@ -40,6 +40,8 @@ def explain(
     """Show phases, rules, counts, milliseconds, layers; with RULE, each application or the nearest miss."""
     from enginery.llm import rewriting_of
 
+    if text and as_json:
+        raise UsageError("--text prints a network, --json the report", "Give one of them")
     arguments = options.arguments()
     base = parse_options(against or "", "--against").arguments() if diff or against is not None else None
     model, rule = split_words(words or [], arguments["rules"])

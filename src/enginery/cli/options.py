@@ -107,7 +107,7 @@ def parse_options(text: str, name: str) -> EngineOptions:
         return options
 
     parser = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    parser.command()(configuration)
+    parser.command(add_help_option=False)(configuration)
     try:
         words = shlex.split(text)
     except ValueError as error:

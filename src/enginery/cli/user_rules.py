@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from enginery.errors import UsageError
+from enginery.errors import RULE_ERRORS, UsageError, in_one_line
 
 
 def load_rule(text: str) -> Any:
@@ -28,13 +28,25 @@ def load_rule(text: str) -> Any:
     sys.modules[module.__name__] = module
     try:
         spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except Exception as error:
-        line = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"--rule {file} does not load ({line})", f"Try `python {file}`") from error
+    except RULE_ERRORS as error:
+        raise UsageError(f"--rule {file} does not load ({in_one_line(error)})", f"Try `python {file}`") from error
     rule = getattr(module, name, None)
     if not isinstance(rule, type):
         raise UsageError(f"--rule {file} has no class {name}", "Give FILE.py:ClassName")
-    return rule()
+    return instance_of(rule, text)
+
+
+def instance_of(kind: type, text: str) -> Any:
+    """A rule of a user's class; `text` is what names it on the command line."""
+    from enginery.rewriting.rule import PatternRewriter  # here: it loads torch
+
+    if not issubclass(kind, PatternRewriter):
+        raise UsageError(f"--rule {text} is no rule", "Derive it from enginery.rewriting.PatternRewriter")
+    try:
+        return kind()
+    except RULE_ERRORS as error:
+        cause = f"--rule {text}: {kind.__name__}() raised {in_one_line(error)}"
+        raise UsageError(cause, "A rule is made without arguments: correct its __init__") from error
 
 
 def library_rule(name: str) -> Any:

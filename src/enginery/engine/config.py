@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -64,10 +64,11 @@ class BuildConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             _count(name, getattr(self, name), MAX_COUNT, optional=name != "max_num_seqs")
         _count("kv_cache_memory", self.kv_cache_memory, 1 << 50, optional=True)
-        if isinstance(self.disabled_rules, str):
-            raise UsageError("disabled_rules is a string", "Give a tuple of rule names")
-        object.__setattr__(self, "disabled_rules", tuple(self.disabled_rules))
-        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "disabled_rules", _listed("disabled_rules", self.disabled_rules, "rule names"))
+        object.__setattr__(self, "rules", _listed("rules", self.rules, "rules"))
+        for name in self.disabled_rules:
+            if not isinstance(name, str):
+                raise UsageError(f"disabled_rules has {name!r}", "Give the names of rules, such as 'MergeReshapes'")
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -102,8 +103,13 @@ class BuildConfig:
 
 
 def _rule_name(rule: Any) -> str:
-    kind = rule if isinstance(rule, type) else type(rule)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{type(rule).__module__}.{type(rule).__qualname__}"
+
+
+def _listed(name: str, values: Any, items: str) -> tuple[Any, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise UsageError(f"{name} is {values!r}", f"Give a tuple of {items}, or () for none")
+    return tuple(values)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -110,6 +110,12 @@ class Tensor(TensorMethods):
             self.network.set_output(name, other, keep_old=True)
         self.output_names = ()
 
+    def __bool__(self) -> bool:
+        raise NetworkError(
+            "a tensor of a network is neither true nor false: it has no value yet",
+            "Choose by torch.where, or test its shape, its dtype or `is None`",
+        )
+
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.shape))
         return f"%{self.name}: {str(self.dtype).removeprefix('torch.')}[{shape}]"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from enginery.errors import EngineryError, RewriteError, UsageError
+from enginery.errors import RULE_ERRORS, EngineryError, RewriteError, UsageError, in_one_line
 from enginery.network.layer import Layer
 from enginery.network.network import Network
 from enginery.rewriting.binding import Action, accepts_root, tie
@@ -121,7 +121,6 @@ def _fact(bound: _BoundAnalyzer, network: Network, layer: Layer, args: Mapping[s
         return bound.analyze(registers)
     except MatchFailure:
         return None
-    except Exception as error:
-        detail = error.cause if isinstance(error, EngineryError) else f"{type(error).__name__}: {error}"
-        cause = f"analyzer {bound.label} raised {detail} (at layer {layer.name})"
+    except RULE_ERRORS as error:
+        cause = f"analyzer {bound.label} raised {in_one_line(error)} (at layer {layer.name})"
         raise RewriteError(cause, "Correct the analyzer", rule=bound.label, layer=layer.name) from error

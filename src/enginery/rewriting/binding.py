@@ -13,6 +13,7 @@ import torch
 from enginery.errors import EngineryError, RewriteError, UsageError
 from enginery.network.layer import Layer
 from enginery.network.operator import Operator
+from enginery.rewriting.attributes import check_attributes, check_is_rule
 from enginery.rewriting.matcher import ARGS, NETWORK, ROOT, Matcher, Registers
 from enginery.rewriting.pattern import Pattern
 from enginery.rewriting.rule import PatternRewriter
@@ -43,8 +44,8 @@ class Way:
 class BoundRule:
     label: str
     source: Any
-    benefit: int
-    args: dict[str, Any]
+    benefit: int = 0
+    args: dict[str, Any] = field(default_factory=dict)
     ways: list[Way] = field(default_factory=list)
     roots: tuple[Any, ...] | None = None
 
@@ -68,9 +69,12 @@ class BoundRule:
 
 
 def bind(label: str, rule: Any, benefit: int | None = None) -> BoundRule:
-    """Raises RewriteError, naming the rule, if it cannot run."""
-    bound = BoundRule(label, rule, rule.benefit if benefit is None else benefit, dict(rule.args or {}))
+    """Raises UsageError for what is no rule, and RewriteError, naming the rule, if it cannot run."""
+    check_is_rule(rule)
+    bound = BoundRule(label, rule)
     try:
+        check_attributes(rule)
+        bound.benefit, bound.args = rule.benefit if benefit is None else benefit, dict(rule.args or {})
         if rule.pattern is not None:
             bound.ways = _declarative(bound, rule)
         else:
@@ -81,7 +85,7 @@ def bind(label: str, rule: Any, benefit: int | None = None) -> BoundRule:
 
 
 def _declarative(bound: BoundRule, rule: Any) -> list[Way]:
-    roots = (rule.pattern,) if isinstance(rule.pattern, Pattern) else tuple(rule.pattern)
+    roots = rule.pattern if isinstance(rule.pattern, (tuple, list)) else (rule.pattern,)
     if not roots or not all(isinstance(root, Pattern) for root in roots):
         raise UsageError("its pattern is no pattern", "Call PyTorch on Var and Const")
     if not _overrides(rule, "rewrite"):

@@ -8,7 +8,7 @@ from time import perf_counter
 from traceback import walk_tb
 from typing import Any, NoReturn
 
-from enginery.errors import EngineryError, RewriteError, RewriteLimitError
+from enginery.errors import RULE_ERRORS, EngineryError, RewriteError, RewriteLimitError, in_one_line
 from enginery.network.collection import paused_collection
 from enginery.network.layer import Layer
 from enginery.network.network import Network
@@ -173,7 +173,7 @@ class Run:
             try:
                 fits, registers = match(candidate, edit.root)
                 proposal = consult(candidate, registers, self.network) if fits else None
-            except Exception as error:
+            except RULE_ERRORS as error:
                 self._fail(candidate, edit, error)
             if proposal is None:
                 candidate.fact.tried += 1
@@ -215,7 +215,7 @@ class Run:
         try:
             with recording:
                 return propose(candidate, edit.root, self.network)
-        except Exception as error:
+        except RULE_ERRORS as error:
             self._fail(candidate, edit, error)
 
     def _settle(self, candidate: Candidate, edit: Edit, proposal: Proposal) -> bool:
@@ -232,7 +232,7 @@ class Run:
                 return True
         except MatchFailure as failure:
             reason = str(failure)
-        except Exception as error:
+        except RULE_ERRORS as error:
             self._fail(candidate, edit, error)
         edit.abandon()
         if reason is not None:
@@ -245,14 +245,16 @@ class Run:
         candidate.fact.milliseconds += (now - self._clock) * 1e3
         self._clock = now
 
-    def _fail(self, candidate: Candidate, edit: Edit, error: Exception) -> NoReturn:
+    def _fail(self, candidate: Candidate, edit: Edit, error: BaseException) -> NoReturn:
         """Raises the error of a rule, with the network as before the rule."""
         edit.abandon()
         if isinstance(error, RewriteError):
             raise error
-        detail = error.cause if isinstance(error, EngineryError) else f"{type(error).__name__}: {error}"
+        fix = error.fix if isinstance(error, EngineryError) else ""
         line = _line_of(error, candidate.way.rule.location)
-        raise _broken(candidate.way, edit.root, f"raised {detail}", "Correct the rule", line) from error
+        raise _broken(
+            candidate.way, edit.root, f"raised {in_one_line(error)}", fix or "Correct the rule", line
+        ) from error
 
     def _carry_out(self, candidate: Candidate, edit: Edit, registers: Registers, result: Any) -> None:
         """Makes the change that a rule asked for, or raises MatchFailure where it cannot be."""
@@ -323,7 +325,7 @@ def _broken(way: Way, layer: Layer, what: str, fix: str = "", line: str = "") ->
     return RewriteError(cause, fix, rule=label, layer=layer.name)
 
 
-def _line_of(error: Exception, location: str) -> str:
+def _line_of(error: BaseException, location: str) -> str:
     """The last line of the rule's file on the way to an error."""
     file, line = location.rpartition(":")[0], location
     for frame, number in walk_tb(error.__traceback__):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from enginery.errors import RULE_ERRORS, in_one_line
 from enginery.network.layer import Layer
 from enginery.network.network import Network
 from enginery.rewriting.binding import Way
@@ -42,8 +43,8 @@ def _run(network: Network, way: Way, layer: Layer, registers: Registers) -> str 
             result: Any = way.rewrite(registers)
     except MatchFailure as failure:
         return str(failure)
-    except Exception as error:
-        return f"it raises {type(error).__name__}: {error}"
+    except RULE_ERRORS as error:
+        return f"it raises {in_one_line(error)}"
     finally:
         edit.abandon()
     return "" if result is None or result is False else None
