@@ -118,20 +118,33 @@ def test_a_request_that_fails_is_an_error(tmp_path: Path) -> None:
         assert "the request failed: ArithmeticError: the model gave no finite logits" in getattr(done, place)
 
 
-@pytest.mark.parametrize("command", ["inspect", "run --backend eager hi"])
-def test_output_that_nobody_can_take_is_one_line(command: str) -> None:
-    def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        line = line.format(f"{sys.executable} -m enginery {command}")
-        return subprocess.run(
-            ["bash", "-c", line], capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=280
-        )
+PRINTING = """
+from enginery.cli import main, output
 
-    assert shell("{} > /dev/full").stderr == "error: the output: No space left on device\n"
-    assert shell("{} > /dev/full").returncode == 4
-    assert shell("{} >&-").stderr == ""
-    assert shell("{} | true; exit ${{PIPESTATUS[0]}}").returncode == 0
+main.invoke = lambda arguments: {}
+main.main([])
+"""
+
+
+@pytest.mark.parametrize(
+    "printing", ["print('\u00d7' * 100_000)", "output.print_table('', ['\u00d7'], [['\u00d7' * 60]] * 1000)"]
+)
+def test_output_that_nobody_can_take_is_one_line(printing: str, tmp_path: Path) -> None:
+    script = tmp_path / "printing.py"
+    script.write_text(PRINTING.format(printing))
+
+    def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-c", line.format(f"{sys.executable} {script}")]
+        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=60)
+
+    full = shell("{} > /dev/full")
+    assert (full.returncode, full.stderr) == (4, "error: the output: No space left on device\n")
+    for line in ("{} >&-", "{} | true; exit ${{PIPESTATUS[0]}}", "{} 2>&- >&- <&-"):
+        done = shell(line)
+        assert (done.returncode, done.stderr) == (0, ""), line
     ascii_only = shell("{}", PYTHONIOENCODING="ascii")
     assert (ascii_only.returncode, ascii_only.stderr) == (0, "")
+    assert "?" in ascii_only.stdout
 
 
 def test_a_build_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
