@@ -20,7 +20,7 @@ def test_a_knob_that_is_no_number_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     for text in ("many", "-3", "1025", "1" * 40):
         monkeypatch.setenv("ENGINERY_THREADS", text)
         with pytest.raises(UsageError, match=f"ENGINERY_THREADS='{text}' is no whole number from 0 to 1024. Unset"):
-            env.read_int("ENGINERY_THREADS", 1024)
+            env.read_int("ENGINERY_THREADS")
 
 
 def test_a_knob_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

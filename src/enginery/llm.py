@@ -359,15 +359,13 @@ class LLM:
         if not isinstance(wanted, SamplingParams):
             raise RequestError(f"params is a {type(wanted).__name__}", "Give SamplingParams; others go to generate()")
         text, ids = read_chat(prompt, self.tokenizer, {}) if is_chat(prompt) else read_prompt(prompt, self.tokenizer)  # type: ignore[arg-type]
-        with self._streams.turn:
-            self._streams.cancel_dropped()
+        with self._streams.turn():
             wanted = dataclasses.replace(wanted, output_kind=RequestOutputKind.DELTA)
             return self._streams.open(self.session.add(ids, wanted, prompt=text))
 
     def _finish(self, prompts: list[Read], params: Params | Sequence[Params] | None) -> list[RequestOutput]:
         each = listed_params(params, self.default_params, len(prompts))
-        with self._streams.turn:
-            self._streams.cancel_dropped()
+        with self._streams.turn():
             return self.session.generate([tokens for _, tokens in prompts], each, [text for text, _ in prompts])
 
     @property

@@ -90,11 +90,11 @@ def test_threads_take_turns() -> None:
     streams = Streams(session)
 
     def batch(prompts: list[list[int]]) -> list[list[int]]:
-        with streams.turn:
+        with streams.turn():
             return [output.outputs[0].token_ids for output in session.generate(prompts, GREEDY)]
 
     def stream_of(prompt: list[int]) -> list[int]:
-        with streams.turn:
+        with streams.turn():
             stream = open_stream(streams, session, prompt)
         return tokens(list(stream))
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from enginery.cli.options import Model, RunOptions, takes
+from enginery.cli.output import require_success
 from enginery.cli.progress import Progress
 from enginery.errors import RequestError, StepError, UsageError
 
@@ -58,8 +59,7 @@ def answer(llm, messages: list[dict[str, str]], params) -> str:
     except KeyboardInterrupt:
         stream.close()
     sys.stdout.write("\n")
-    if output is not None and output.outputs[0].error is not None:
-        raise StepError(f"the request failed: {output.outputs[0].error}")
+    require_success(output)
     return text
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from enginery.errors import UsageError
+from enginery.errors import StepError, UsageError
 
 
 def print_json(value: Any) -> None:
@@ -22,6 +22,12 @@ def print_note(text: str) -> None:
 
 def print_warning(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
+
+
+def require_success(last: Any) -> None:
+    """Raises StepError if a request, whose last output this is, failed."""
+    if last is not None and (error := last.outputs[0].error) is not None:
+        raise StepError(f"the request failed: {error}")
 
 
 def write_atomically(file: Path, text: str, flag: str) -> None:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from enginery.cli.options import Json, RunOptions, takes
-from enginery.cli.output import print_json
+from enginery.cli.output import print_json, require_success
 from enginery.cli.progress import Progress
-from enginery.errors import StepError, UsageError
+from enginery.errors import UsageError
 
 Words = Annotated[
     list[str], typer.Argument(metavar="[MODEL] PROMPT", help="The prompt, behind a model if not the bundled one.")
@@ -50,8 +50,7 @@ def run(
                 sys.stdout.flush()
         if not as_json:
             sys.stdout.write("\n")
-        if output is not None and (error := output.outputs[0].error) is not None:
-            raise StepError(f"the request failed: {error}")
+        require_success(output)
         if as_json:
             print_json(summary(text, token_ids, output))
 

@@ -78,20 +78,19 @@ class CodeCache:
     def find(self, key: str) -> Path | None:
         """The compiled region, if it is here and nobody else could have put it here."""
         path = self.directory / f"{key}{SUFFIX}"
-        if not path.exists():
-            return None
-        _PRIVATE.directory(self.directory)
-        _PRIVATE.require(path)
-        return path
+        return self._own(path) if path.exists() else None
 
     def find_object(self, key: str) -> Path | None:
         """An object file, likewise, and if it is whole: a linker takes an empty one without a word."""
         for path in self.directory.glob(f"{key}-*{OBJECT}"):
-            _PRIVATE.directory(self.directory)
-            _PRIVATE.require(path)
-            if path.name == _object_name(key, path):
+            if self._own(path).name == _object_name(key, path):
                 return path
         return None
+
+    def _own(self, path: Path) -> Path:
+        _PRIVATE.directory(self.directory)
+        _PRIVATE.require(path)
+        return path
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
         """A private directory for the compiler's files."""

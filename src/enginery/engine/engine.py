@@ -34,8 +34,6 @@ from enginery.errors import EngineryWarning, ResourceError, StepError, UsageErro
 from enginery.kernels.table import TABLE, Row
 from enginery.network import Network, Tensor
 
-MOST_THREADS = 1024
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -357,7 +355,7 @@ def _require_same(manifest: Manifest, config: BuildConfig, directory: Path) -> N
 
 def _set_threads() -> None:
     """Threads of the CPU kernels: ENGINERY_THREADS, or one per physical core that this process may use."""
-    threads = env.read_int("ENGINERY_THREADS", MOST_THREADS)
+    threads = env.read_int("ENGINERY_THREADS")
     if threads <= 0 and "OMP_NUM_THREADS" not in os.environ:
         threads = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
     if threads > 0:

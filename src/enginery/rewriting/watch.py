@@ -15,7 +15,6 @@ from enginery.network import Network
 from enginery.rewriting.report import Report
 
 IMPORTED = "imported"
-MOST_DETAIL = 5
 VALUES = "values.safetensors"
 
 
@@ -32,7 +31,7 @@ class Watch:
     @classmethod
     def from_environment(cls) -> Watch:
         """Raises UsageError for a level that is no number from 0 to 5."""
-        level = env.read_int("ENGINERY_DEBUG", MOST_DETAIL)
+        level = env.read_int("ENGINERY_DEBUG")
         return cls(level, env.read_path("ENGINERY_DUMP") if env.read("ENGINERY_DUMP") else None)
 
     def show(self, network: Network, name: str = IMPORTED, report: Report | None = None) -> None:

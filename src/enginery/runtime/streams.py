@@ -5,23 +5,28 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from enginery.runtime.outputs import RequestOutput
 from enginery.runtime.session import Session
 
 
 class Streams:
-    """Steps a session for whoever waits, and keeps what a step brings for the others.
-
-    Attributes:
-        turn: held by the thread that uses the session; others wait for it.
-    """
+    """Steps a session for whoever waits, and keeps what a step brings for the others."""
 
     def __init__(self, session: Session) -> None:
-        self.turn = threading.RLock()
         self._session = session
+        self._lock = threading.RLock()
         self._arrived: dict[str, deque[RequestOutput]] = {}
         self._dropped: deque[str] = deque()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Whoever uses the session does so within; other threads wait for it."""
+        with self._lock:
+            while self._dropped:
+                self.close(self._dropped.popleft())
+            yield
 
     def open(self, request_id: str) -> Stream:
         """The stream of a request that was just added."""
@@ -30,10 +35,9 @@ class Streams:
 
     def next(self, request_id: str) -> RequestOutput | None:
         """Its next output; None if there will be none: it has ended."""
-        with self.turn:
+        with self.turn():
             arrived = self._arrived.get(request_id)
             while arrived is not None and not arrived and self._session.has_work:
-                self.cancel_dropped()
                 for output in self._session.step():
                     if output.request_id in self._arrived:
                         self._arrived[output.request_id].append(output)
@@ -46,18 +50,13 @@ class Streams:
 
     def close(self, request_id: str) -> None:
         """Cancels the request if it is still running."""
-        with self.turn:
+        with self._lock:
             if self._arrived.pop(request_id, None) is not None:
                 self._session.cancel(request_id)
 
     def drop(self, request_id: str) -> None:
-        """Its stream is no more. That may be in the middle of a step, so it is cancelled before the next one."""
+        """Its stream is no more. That may be in the middle of a step, so it is cancelled in the next turn."""
         self._dropped.append(request_id)
-
-    def cancel_dropped(self) -> None:
-        """To be called before the session is used."""
-        while self._dropped:
-            self.close(self._dropped.popleft())
 
 
 class Stream(Iterator[RequestOutput]):
